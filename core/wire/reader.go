@@ -1,0 +1,190 @@
+package wire
+
+import (
+	"math"
+	"unsafe"
+
+	"github.com/topgun-sync/topgun/core/msgval"
+)
+
+// envelopeDepth is how many containers lie around a value at most, in any frame
+// or body.
+const envelopeDepth = 8
+
+// maxInteger is the largest integer of the protocol: JavaScript holds every
+// integer up to it.
+const maxInteger = 1 << 53
+
+// reader reads a frame that scan has accepted, value by value. What it is asked
+// to read is there; of its checks only those of kinds can fail.
+type reader struct {
+	b []byte // what was not read
+
+	// The last map name and node id, to share the copies of equal ones.
+	mapName, nodeID string
+}
+
+// scan checks that data is exactly one msgpack value and is a map, and returns a
+// reader before it. deep says that containers are nested so deeply that a value
+// in it may be deeper than a value is allowed to be.
+func scan(data []byte) (r reader, deep bool, err *Error) {
+	size, depth, scanErr := msgval.Scan(data, msgval.MaxDepth+envelopeDepth)
+	switch {
+	case scanErr == msgval.ErrTooDeep:
+		return r, false, badMessage("containers are nested too deeply; at most 128 are allowed in a value")
+	case scanErr == msgval.ErrReserved:
+		return r, false, badMessage("the reserved byte 0xc1 is no msgpack")
+	case scanErr != nil:
+		return r, false, badMessage("the msgpack is truncated")
+	case size != len(data):
+		return r, false, badMessage("bytes follow the msgpack value; want exactly one")
+	}
+	return reader{b: data}, depth > msgval.MaxDepth, nil
+}
+
+// skip reads over a value.
+func (r *reader) skip() { r.raw() }
+
+// raw reads a value as its bytes.
+func (r *reader) raw() []byte {
+	n := msgval.Skip(r.b)
+	v := r.b[:n:n]
+	r.b = r.b[n:]
+	return v
+}
+
+// head reads the head of a value.
+func (r *reader) head() msgval.Head {
+	h, _ := msgval.ReadHead(r.b)
+	r.b = r.b[h.Size:]
+	return h
+}
+
+// mapHeader reads the head of a map and returns the number of pairs. If the
+// value is no map it reads over it and returns false.
+func (r *reader) mapHeader() (int, bool) { return r.container(msgval.MapKind) }
+
+// arrayHeader reads the head of an array as mapHeader does.
+func (r *reader) arrayHeader() (int, bool) { return r.container(msgval.ArrayKind) }
+
+func (r *reader) container(kind msgval.Kind) (int, bool) {
+	h, _ := msgval.ReadHead(r.b)
+	if h.Kind != kind || h.Size == 0 {
+		r.skip()
+		return 0, false
+	}
+	r.b = r.b[h.Size:]
+	return int(h.N), true
+}
+
+// str reads a string as its bytes. If the value is no string it reads over it
+// and returns false.
+func (r *reader) str() ([]byte, bool) {
+	// Names of fields and most of what is in them is short.
+	if c := r.b[0]; c&0xe0 == 0xa0 {
+		n := 1 + int(c&0x1f)
+		s := r.b[1:n:n]
+		r.b = r.b[n:]
+		return s, true
+	}
+	h, _ := msgval.ReadHead(r.b)
+	if h.Kind != msgval.StrKind {
+		r.skip()
+		return nil, false
+	}
+	end := h.Size + int(h.N)
+	s := r.b[h.Size:end:end]
+	r.b = r.b[end:]
+	return s, true
+}
+
+// isNil reports whether the next value is nil, and reads it if so.
+func (r *reader) isNil() bool {
+	if r.b[0] != 0xc0 {
+		return false
+	}
+	r.b = r.b[1:]
+	return true
+}
+
+// bool reads a bool as str reads a string.
+func (r *reader) bool() (v, ok bool) {
+	switch r.b[0] {
+	case 0xc2, 0xc3:
+		v = r.b[0] == 0xc3
+		r.b = r.b[1:]
+		return v, true
+	}
+	r.skip()
+	return false, false
+}
+
+// integer reads an integer from 0 to 2^53, in any numeric form. It returns false
+// for every other value.
+func (r *reader) integer() (uint64, bool) {
+	f, isFloat, n, ok := r.number()
+	if ok && isFloat {
+		if math.Signbit(f) || f != math.Trunc(f) || f > maxInteger { // false for NaN
+			return 0, false
+		}
+		return uint64(f), f == f
+	}
+	return n, ok && n <= maxInteger
+}
+
+// number reads a number: a float, or an integer that is not negative. It returns
+// false for every other value.
+func (r *reader) number() (f float64, isFloat bool, n uint64, ok bool) {
+	h, _ := msgval.ReadHead(r.b)
+	switch h.Kind {
+	case msgval.UintKind:
+		r.b = r.b[h.Size:]
+		return 0, false, h.Num, true
+	case msgval.FloatKind:
+		r.b = r.b[h.Size:]
+		return math.Float64frombits(h.Num), true, 0, true
+	}
+	r.skip()
+	return 0, false, 0, false
+}
+
+// internMapName returns the string with these bytes.
+func (r *reader) internMapName(b []byte) string {
+	if string(b) != r.mapName {
+		r.mapName = string(b)
+	}
+	return r.mapName
+}
+
+// internNodeID returns the string with these bytes.
+func (r *reader) internNodeID(b []byte) string {
+	if string(b) != r.nodeID {
+		r.nodeID = string(b)
+	}
+	return r.nodeID
+}
+
+// alias returns the string that shares b's memory. The frame is not changed
+// while a message is in use: see the package comment.
+func alias(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
+
+// fields reads a map as an envelope: each key must be a string. visit is called
+// with the reader before each value, and must read exactly that value. Of equal
+// keys all are visited; so the last one wins. If the value is no map, or a key
+// is no string, fields returns the error; the rest of the map is then unread.
+func (r *reader) fields(what string, visit func(key []byte) *Error) *Error {
+	n, ok := r.mapHeader()
+	if !ok {
+		return badMessage(what + " must be a map")
+	}
+	for range n {
+		key, ok := r.str()
+		if !ok {
+			return badMessage("the keys of " + what + " must be strings")
+		}
+		if err := visit(key); err != nil {
+			return err
+		}
+	}
+	return nil
+}
