@@ -1,0 +1,143 @@
+package persistence
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/topgun-sync/topgun/core/hlc"
+	"github.com/topgun-sync/topgun/core/keyspace"
+	"github.com/topgun-sync/topgun/core/lwwmap"
+	"github.com/topgun-sync/topgun/core/msgval"
+)
+
+// Arrival is when a shard took a change in: strictly increasing within the
+// shard, also across owners (ARCHITECTURE 2).
+type Arrival struct {
+	// Millis are milliseconds since the Unix epoch by the owner's clock.
+	Millis uint64
+	// Counter counts within the millisecond.
+	Counter uint64
+}
+
+// Compare orders arrivals by time.
+func (a Arrival) Compare(b Arrival) int {
+	return cmp.Or(cmp.Compare(a.Millis, b.Millis), cmp.Compare(a.Counter, b.Counter))
+}
+
+// Record is the stored state of one key.
+type Record struct {
+	// Map is the name of the map.
+	Map string
+	// Key is the key: any bytes.
+	Key string
+	// State is value, stamp and time to live. Its value is shared, not copied.
+	State lwwmap.Record
+	// Arrival is when the shard took the state in.
+	Arrival Arrival
+	// Restamped are the original stamps of ops that were too far in the future
+	// (PROTOCOL 22.4). Usually empty.
+	Restamped []hlc.Timestamp
+}
+
+// Partition is the partition of the record's key.
+func (r Record) Partition() int { return keyspace.Partition(r.Key) }
+
+// Replaces reports whether the record may take the place of a stored one of the
+// same key: it arrived later, and its stamp is not older.
+//
+// The arrival alone orders the log, so a record that is delivered again, or late
+// by another drainer, is recognised by it. The stamp says who won; a shard never
+// logs a loser, so a later arrival with an older stamp can only be a fault, and
+// keeping the newer stamp is what keeps a delete deleted (RELIABILITY PG-02,
+// CRDT-04). Equal stamps pass: a shard logs the same state again when only the
+// remembered original stamps grew.
+func (r Record) Replaces(stored Record) bool {
+	return r.Arrival.Compare(stored.Arrival) > 0 &&
+		r.State.Timestamp.Compare(stored.State.Timestamp) >= 0
+}
+
+// KeyText is the key as text, for people; ok is false when it is not text that a
+// database can hold.
+func (r Record) KeyText() (text string, ok bool) {
+	return r.Key, utf8.ValidString(r.Key) && !strings.Contains(r.Key, "\x00")
+}
+
+// ValueJSON appends the value as JSON, for people; ok is false when it has no
+// JSON form, and then dst is returned as it was.
+func (r Record) ValueJSON(dst []byte) (text []byte, ok bool) {
+	if r.State.Deleted() {
+		return dst, false
+	}
+	if rest, err := msgval.Check(r.State.Value); err != nil || len(rest) > 0 {
+		return dst, false
+	}
+	if text, ok = msgval.AppendJSON(dst, r.State.Value); !ok {
+		return dst, false
+	}
+	return text, true
+}
+
+// Size is about how many bytes the record holds in memory.
+func (r Record) Size() int {
+	size := 128 + len(r.Map) + len(r.Key) + len(r.State.Value) + len(r.State.Timestamp.NodeID)
+	for _, stamp := range r.Restamped {
+		size += 32 + len(stamp.NodeID)
+	}
+	return size
+}
+
+// ExpiresAt is when the record stops being visible, for people; ok is false when
+// it never does.
+func (r Record) ExpiresAt() (at time.Time, ok bool) {
+	millis, ok := r.State.ExpiresAt()
+	if !ok {
+		return time.Time{}, false
+	}
+	return time.UnixMilli(int64(min(millis, lastMillis))).UTC(), true
+}
+
+// lastMillis is the end of the year 9999, the last that every database can show.
+const lastMillis = 253402300799999
+
+// EncodeRestamped writes stamps as a JSON array of "millis:counter:node", empty
+// for none. It is text, not a column type, since a node id may hold a NUL, which
+// JSON text escapes and jsonb refuses.
+func EncodeRestamped(stamps []hlc.Timestamp) (string, error) {
+	if len(stamps) == 0 {
+		return "", nil
+	}
+	texts := make([]string, len(stamps))
+	for i, stamp := range stamps {
+		texts[i] = stamp.String()
+	}
+	text, err := json.Marshal(texts)
+	if err != nil {
+		return "", fmt.Errorf("encode original stamps: %w", err)
+	}
+	return string(text), nil
+}
+
+// DecodeRestamped is the inverse of EncodeRestamped. Text that it cannot read was
+// written by somebody else: ErrRefused.
+func DecodeRestamped(text string) ([]hlc.Timestamp, error) {
+	if text == "" {
+		return nil, nil
+	}
+	var texts []string
+	if err := json.Unmarshal([]byte(text), &texts); err != nil {
+		return nil, fmt.Errorf("%w: the original stamps of a stored record are not a JSON array of strings", ErrRefused)
+	}
+	stamps := make([]hlc.Timestamp, len(texts))
+	for i, text := range texts {
+		stamp, err := hlc.Parse(text)
+		if err != nil {
+			return nil, fmt.Errorf("%w: an original stamp of a stored record is not millis:counter:node", ErrRefused)
+		}
+		stamps[i] = stamp
+	}
+	return stamps, nil
+}
