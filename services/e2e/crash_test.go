@@ -1,0 +1,219 @@
+package e2e
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/topgun-sync/topgun/client"
+	"github.com/topgun-sync/topgun/core/wire"
+)
+
+// long makes the fault stories as long as they are meant to be for a release.
+var long = os.Getenv("TOPGUN_TEST_LONG") != ""
+
+// writer writes records of its own as fast as they are acknowledged, and knows which
+// were. The n-th write has the key "<node>-n", and, being the n-th, the op id n.
+type writer struct {
+	client *client.Client
+	m      *client.Map
+	done   chan struct{}
+	wg     sync.WaitGroup
+
+	mu    sync.Mutex
+	acked int           // writes up to this one are acknowledged
+	more  chan struct{} // closed and replaced when acked has grown
+}
+
+// startWriter opens a client that keeps a few operations in flight until stop.
+func startWriter(t testing.TB, url, node, mapName string) *writer {
+	t.Helper()
+	w := &writer{done: make(chan struct{}), more: make(chan struct{})}
+	w.client = open(t, url, node, func(c *client.Config) { c.OnFrame = w.frame })
+	w.m = w.client.Map(mapName)
+	w.wg.Go(func() {
+		for n := 1; ; n++ {
+			for w.client.Pending() >= 8 {
+				w.mu.Lock()
+				more := w.more
+				w.mu.Unlock()
+				select {
+				case <-w.done:
+					return
+				case <-more:
+				case <-time.After(10 * time.Millisecond): // an ack may have come before the look
+				}
+			}
+			select {
+			case <-w.done:
+				return
+			default:
+			}
+			if err := w.m.Set(fmt.Sprintf("%s-%d", node, n), n); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	t.Cleanup(w.stop)
+	return w
+}
+
+func (w *writer) stop() {
+	w.mu.Lock()
+	select {
+	case <-w.done:
+	default:
+		close(w.done)
+	}
+	w.mu.Unlock()
+	w.wg.Wait()
+}
+
+// frame looks for acks. The ids in an OP_ACK are those of the connection, and on
+// every connection the client sends all that is pending, in order: so a numeric
+// lastId acknowledges every write up to it.
+func (w *writer) frame(f client.Frame) {
+	if f.Sent {
+		return
+	}
+	msg, err := wire.DecodeServer(f.Data)
+	if err != nil {
+		return
+	}
+	if ack, ok := msg.(*wire.OpAck); ok {
+		var n int
+		if _, err := fmt.Sscan(ack.LastID, &n); err == nil {
+			w.mu.Lock()
+			w.acked = max(w.acked, n)
+			close(w.more)
+			w.more = make(chan struct{})
+			w.mu.Unlock()
+		}
+	}
+}
+
+// waitAcked waits until at least n writes are acknowledged and returns how many are.
+func (w *writer) waitAcked(t testing.TB, n int) int {
+	t.Helper()
+	timeout := time.After(2 * startDeadline)
+	for {
+		w.mu.Lock()
+		acked, more := w.acked, w.more
+		w.mu.Unlock()
+		if acked >= n {
+			return acked
+		}
+		select {
+		case <-more:
+		case <-timeout:
+			_, err := w.client.State()
+			t.Fatalf("%d writes acknowledged, waiting for %d; last connection: %v", acked, n, err)
+		}
+	}
+}
+
+func (w *writer) ackedNow() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.acked
+}
+
+// Every acknowledged write is there after a process was killed in the moment of an
+// ack, whichever it was, again and again (ACK-01, ACK-02, OWN-06, PG-05).
+func TestAckThenKill(t *testing.T) {
+	stories(t, options{}, func(t *testing.T, c Cluster) {
+		const name = "crash"
+		kills := 25
+		if long {
+			kills = 200
+		}
+		seed := rand.Uint64()
+		t.Logf("seed %d", seed)
+		random := rand.New(rand.NewPCG(seed, 0))
+		var writers []*writer
+		for i := range len(c.URLs()) {
+			writers = append(writers, startWriter(t, webSocket(gateway(c, i)), fmt.Sprintf("%s-%d", name, i), name))
+		}
+		for kill := range kills {
+			roles := c.Roles()
+			role := roles[random.IntN(len(roles))]
+			leader := writers[random.IntN(len(writers))]
+			leader.waitAcked(t, leader.ackedNow()+1+random.IntN(40))
+			// What is acknowledged up to here must survive; what is acknowledged
+			// until the process is gone may be counted as well, or not.
+			acked := make([]int, len(writers))
+			for i, w := range writers {
+				acked[i] = w.ackedNow()
+			}
+			c.Kill(role)
+			c.Restart(t, role)
+
+			fresh := open(t, webSocket(gateway(c, kill)), fmt.Sprintf("%s-fresh-%d", name, kill))
+			fm := fresh.Map(name)
+			if err := fm.WaitSynced(within(t, 2*startDeadline)); err != nil {
+				_, last := fresh.State()
+				t.Fatalf("kill %d of %s: a fresh client cannot sync: %v; %v", kill, role, err, last)
+			}
+			for i, n := range acked {
+				for k := 1; k <= n; k++ {
+					if _, ok := fm.Get(fmt.Sprintf("%s-%d-%d", name, i, k)); !ok {
+						t.Fatalf("kill %d of %s: acknowledged write %d of client %d is lost (acknowledged: %d)", kill, role, k, i, n)
+					}
+				}
+			}
+			fresh.Close()
+		}
+		for _, w := range writers {
+			w.stop()
+			flush(t, w.client)
+		}
+		fresh := open(t, webSocket(gateway(c, 0)), name+"-last")
+		must(t, fresh.Map(name).WaitSynced(within(t, deadline)))
+		for _, w := range writers {
+			eventually(t, deadline, func() error {
+				if w.m.Digest() != fresh.Map(name).Digest() {
+					return fmt.Errorf("a writer holds %d values, a fresh client %d", w.m.Len(), fresh.Map(name).Len())
+				}
+				return nil
+			})
+		}
+		t.Logf("%d kills, %d records", kills, fresh.Map(name).Len())
+		sameRows(t, c, name, fresh.Map(name).Digest())
+	})
+}
+
+// While Postgres is away writes go on; afterwards it holds what memory holds (PG-04).
+func TestPostgresAway(t *testing.T) {
+	stories(t, options{postgres: true}, func(t *testing.T, c Cluster) {
+		const name = "postgres_away"
+		away := 10 * time.Second
+		if long {
+			away = 30 * time.Second
+		}
+		w := startWriter(t, webSocket(gateway(c, 0)), name, name)
+		w.waitAcked(t, 100)
+		c.Database().server.Stop(t)
+		before := w.ackedNow()
+		for end := time.Now().Add(away); time.Now().Before(end); {
+			w.waitAcked(t, w.ackedNow()+1)
+		}
+		if n := w.ackedNow() - before; n < 100 {
+			t.Errorf("only %d writes acknowledged while Postgres was away", n)
+		}
+		c.Database().server.Start(t)
+		w.waitAcked(t, w.ackedNow()+50)
+		w.stop()
+		flush(t, w.client)
+		fresh := open(t, webSocket(gateway(c, 1)), name+"-fresh")
+		must(t, fresh.Map(name).WaitSynced(within(t, deadline)))
+		if fresh.Map(name).Digest() != w.m.Digest() {
+			t.Error("a fresh client holds other content than the writer")
+		}
+		t.Logf("%d writes, %d of them while Postgres was away", w.ackedNow(), w.ackedNow()-before)
+		sameRows(t, c, name, fresh.Map(name).Digest())
+	})
+}

@@ -1,0 +1,109 @@
+package gateway
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	fanoutv1 "github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1"
+)
+
+// watchTimeout bounds one Watch call; a fanout that does not answer it is lost.
+const watchTimeout = 10 * time.Second
+
+// follow opens the gateway's stream of changes, again and again until ctx ends.
+func (h *hub) follow(ctx context.Context) {
+	retry := firstRetry
+	for ctx.Err() == nil {
+		opened, err := h.subscribe(ctx)
+		h.lost()
+		if ctx.Err() != nil {
+			return
+		}
+		if opened {
+			retry = firstRetry
+		}
+		h.log.Warn("fanout stream lost", "error", err, "retry", retry)
+		// Jittered, so that the gateways of a cluster do not return as one.
+		if !pause(ctx, retry/2+rand.N(retry)) {
+			return
+		}
+		retry = min(2*retry, maxRetry)
+	}
+}
+
+// subscribe opens one stream and hands on what it brings until it ends.
+func (h *hub) subscribe(ctx context.Context) (opened bool, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel(nil)
+	stream, err := h.fanout.Subscribe(ctx, &fanoutv1.SubscribeRequest{GatewayId: h.gatewayID})
+	if err != nil {
+		return false, err
+	}
+	// Closing releases the stream; that it has ended is known already.
+	defer func() { _ = stream.Close() }()
+	for {
+		message, err := stream.Receive()
+		if err != nil {
+			if cause := context.Cause(ctx); cause != nil {
+				err = cause
+			}
+			return opened, err
+		}
+		switch m := message.Message.(type) {
+		case *fanoutv1.SubscribeResponse_Ready:
+			if !opened {
+				opened = true
+				h.opened(m.Ready.GetStreamId())
+				// Beside the receiving: fanout may send before it answers.
+				wg.Go(func() { cancel(h.watch(ctx, m.Ready.GetStreamId())) })
+			}
+		case *fanoutv1.SubscribeResponse_Event:
+			h.deliver(m.Event.GetMap(), changesOf(m.Event))
+		case *fanoutv1.SubscribeResponse_Gap:
+			h.gap(m.Gap.GetMap())
+		}
+	}
+}
+
+// watch tells fanout which maps the stream is to bring, until ctx ends or a call
+// fails. Everything that is wanted when it gets to it travels in one call.
+func (h *hub) watch(ctx context.Context, stream string) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-h.kick:
+		}
+		current, add, remove := h.wanted()
+		if current != stream {
+			return nil
+		}
+		if len(add) == 0 && len(remove) == 0 {
+			continue
+		}
+		call, cancel := context.WithTimeout(ctx, watchTimeout)
+		_, err := h.fanout.Watch(call, &fanoutv1.WatchRequest{StreamId: stream, Add: add, Remove: remove})
+		cancel()
+		if err != nil {
+			return err
+		}
+		h.watching(stream, add)
+	}
+}
+
+func changesOf(e *fanoutv1.Event) []change {
+	changes := make([]change, len(e.GetChanges()))
+	for i, c := range e.GetChanges() {
+		changes[i] = change{
+			key:     string(c.GetKey()),
+			record:  recordFromProto(c.GetRecord()),
+			arrival: arrivalFromProto(c.GetArrival()),
+			origin:  c.GetOrigin(),
+		}
+	}
+	return changes
+}
