@@ -315,7 +315,7 @@ func TestEqualDataMovesNothing(t *testing.T) {
 		must(t, m.Set(fmt.Sprint(i), i))
 	}
 	must(t, c.Flush(within(t)))
-	must(t, m.WaitSynced(within(t)))
+	must(t, m.WaitSynced(within(t))) // the server has nothing left to read of this connection
 	c.Offline()
 	f.mu.Lock()
 	f.sent, f.received = nil, nil
@@ -377,6 +377,7 @@ func TestWalkAsksOnlyForDifferences(t *testing.T) {
 		must(t, m.Set(fmt.Sprint(i), i))
 	}
 	must(t, c.Flush(within(t)))
+	must(t, m.WaitSynced(within(t))) // the server has nothing left to read of this connection
 	c.Offline()
 	s.putQuietly("m", "only here", record(t, "x", 1000, "other"))
 	s.locked(func() {
@@ -425,6 +426,7 @@ func TestResetDropsTheMapButNotPendingWrites(t *testing.T) {
 	m := c.Map("m")
 	must(t, m.Set("stale", 1))
 	must(t, c.Flush(within(t)))
+	must(t, m.WaitSynced(within(t))) // the server has nothing left to read of this connection
 	c.Offline()
 	s.locked(func() {
 		s.maps["m"] = new(serverMap) // the server has forgotten the record and its tombstone

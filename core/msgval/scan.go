@@ -46,60 +46,93 @@ func Check(b []byte) (rest []byte, err error) {
 // size of the value and how deep it is nested.
 func Scan(b []byte, maxDepth int) (size, depth int, err error) {
 	maxDepth = min(maxDepth, maxScanDepth)
-	var open [maxScanDepth]int // values still to come in each open container
-	level, pos := 0, 0
+	var outer [maxScanDepth]int // values still to come in each container around
+	level, left, pos := 0, 1, 0 // left: values still to come in the innermost one
 	for {
-		h, ok := ReadHead(b[pos:])
-		if !ok {
-			if pos < len(b) && b[pos] == 0xc1 {
-				return 0, 0, ErrReserved
-			}
+		if pos == len(b) {
 			return 0, 0, ErrTruncated
 		}
-		pos += h.Size
-		if h.Kind.Container() {
-			// Every value takes at least one byte. Comparing before
-			// counting keeps the numbers small on any platform.
+		left--
+		switch n := shortSize(b[pos]); {
+		case n > 0:
+			pos += n
+			if pos > len(b) {
+				return 0, 0, ErrTruncated
+			}
+		case b[pos] == 0xc1:
+			return 0, 0, ErrReserved
+		default:
+			h, ok := ReadHead(b[pos:])
+			if !ok {
+				return 0, 0, ErrTruncated
+			}
+			pos += h.Size
+			// A value takes a byte at least. Comparing before counting keeps
+			// the numbers small on any platform.
 			if h.Values() > uint64(len(b)-pos) {
 				return 0, 0, ErrTruncated
+			}
+			if !h.Kind.Container() {
+				pos += int(h.N)
+				break
 			}
 			if level == maxDepth {
 				return 0, 0, ErrTooDeep
 			}
-			open[level] = int(h.Values())
+			outer[level] = left
 			level++
 			depth = max(depth, level)
-		} else {
-			if h.N > uint64(len(b)-pos) {
-				return 0, 0, ErrTruncated
-			}
-			pos += int(h.N)
-			if level > 0 {
-				open[level-1]--
-			}
+			left = int(h.Values())
 		}
-		for level > 0 && open[level-1] == 0 {
+		for left == 0 {
+			if level == 0 {
+				return pos, depth, nil
+			}
 			level--
-			if level > 0 {
-				open[level-1]--
-			}
-		}
-		if level == 0 {
-			return pos, depth, nil
+			left = outer[level]
 		}
 	}
+}
+
+// shortSize returns the size of a value that its first byte tells, 0 if it does
+// not: of nil, bools, short integers and short strings, most of what there is.
+func shortSize(c byte) int {
+	switch {
+	case c <= 0x7f || c >= 0xe0 || c == 0xc0 || c == 0xc2 || c == 0xc3:
+		return 1
+	case c&0xe0 == 0xa0:
+		return 1 + int(c&0x1f)
+	}
+	return 0
 }
 
 // Skip returns the size of the value at the start of b, which Check has
 // accepted. It returns 0 if there is no such value.
 func Skip(b []byte) int {
-	// Scalars and strings are most of what is skipped.
-	h, ok := ReadHead(b)
-	if ok && !h.Kind.Container() && h.N <= uint64(len(b)-h.Size) {
-		return h.Size + int(h.N)
+	pos := 0
+	for left := uint64(1); left > 0; left-- {
+		if pos >= len(b) {
+			return 0
+		}
+		if n := shortSize(b[pos]); n > 0 {
+			pos += n
+			continue
+		}
+		h, ok := ReadHead(b[pos:])
+		if !ok || h.Values() > uint64(len(b)-pos-h.Size) {
+			return 0
+		}
+		pos += h.Size
+		if h.Kind.Container() {
+			left += h.Values()
+		} else {
+			pos += int(h.N)
+		}
 	}
-	size, _, _ := Scan(b, maxScanDepth)
-	return size
+	if pos > len(b) {
+		return 0
+	}
+	return pos
 }
 
 // Kind is what a value is.

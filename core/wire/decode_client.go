@@ -38,8 +38,8 @@ func (d *decoder) open(data []byte) *Error {
 // envelope is the outside of a frame.
 type envelope struct {
 	typ       []byte
-	payload   reader // before the payload; empty without one
-	timestamp reader // before the envelope's timestamp; empty without one
+	payload   reader // before the payload; zero without one
+	timestamp reader // before the envelope's timestamp; zero without one
 }
 
 // openFrame reads the outside of a frame and leaves d where it began, before the
@@ -111,7 +111,7 @@ func (d *decoder) client(frame []byte) (Message, *Error) {
 
 // payload moves the decoder to the payload and calls decode.
 func payload(d *decoder, env envelope, decode func() (Message, *Error)) (Message, *Error) {
-	if env.payload.b == nil {
+	if env.payload.data == nil {
 		return nil, badMessage("payload is missing; want a map")
 	}
 	d.reader = env.payload
@@ -196,12 +196,12 @@ func (d *decoder) ping() (Message, *Error) {
 			d.skip()
 			return nil
 		}
-		before := d.b
+		from := d.pos
 		f, _, _, ok := d.number()
 		if !ok || math.IsNaN(f) || math.IsInf(f, 0) || f < 0 {
 			return badMessage("timestamp must be a finite number, not negative")
 		}
-		m.Timestamp = before[:len(before)-len(d.b)]
+		m.Timestamp = d.since(from)
 		return nil
 	})
 	return m, err
@@ -247,7 +247,7 @@ func (d *decoder) orMapSyncInit() (Message, *Error) {
 		case "lastSyncTimestamp":
 			return d.count("lastSyncTimestamp", &m.LastSyncTimestamp)
 		case "claimedEpoch":
-			m.HasClaimedEpoch = d.b[0] != 0xc0
+			m.HasClaimedEpoch = !d.atNil()
 			return d.count("claimedEpoch", &m.ClaimedEpoch)
 		}
 		d.skip()
@@ -415,7 +415,7 @@ func (d *decoder) other(env envelope, frame []byte) (Message, *Error) {
 	if err := d.fields("a frame", visit); err != nil {
 		return nil, err
 	}
-	if env.payload.b != nil {
+	if env.payload.data != nil {
 		d.reader = env.payload
 		if _, ok := d.mapHeader(); !ok {
 			return m, nil

@@ -71,7 +71,7 @@ func decodeServer(frame []byte, batchAllowed bool) (Message, *Error) {
 // envelope (PROTOCOL 2.8). A timestamp that is no stamp is ignored, as the
 // TypeScript client does.
 func timestamped(d *decoder, env envelope, m Message, into *hlc.Timestamp, decode func() *Error) (Message, *Error) {
-	if env.timestamp.b != nil {
+	if env.timestamp.data != nil {
 		d.reader = env.timestamp
 		if t, err := d.stamp(); err == nil {
 			*into = t
@@ -153,11 +153,11 @@ func (d *decoder) pong() (Message, *Error) {
 	err := d.fields("a frame", func(key []byte) *Error {
 		switch string(key) {
 		case "timestamp":
-			before := d.b
+			from := d.pos
 			if _, _, _, ok := d.number(); !ok {
 				return badMessage("timestamp must be a number")
 			}
-			m.Timestamp = before[:len(before)-len(d.b)]
+			m.Timestamp = d.since(from)
 			return nil
 		case "serverTime":
 			return d.count("serverTime", &m.ServerTime)

@@ -68,7 +68,7 @@ func items[T any](d *decoder, field string, each func(*T) *Error) ([]T, *Error) 
 	if d.isNil() {
 		return nil, nil
 	}
-	if h, _ := msgval.ReadHead(d.b); h.Kind == msgval.ArrayKind && h.N > uint64(d.lim.MaxQueries) {
+	if h, _ := msgval.ReadHead(d.rest()); h.Kind == msgval.ArrayKind && h.N > uint64(d.lim.MaxQueries) {
 		return nil, &Error{Name: QueryTooComplex, Code: 413, Text: field + " has too many elements"}
 	}
 	return array(d, field, each)

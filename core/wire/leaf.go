@@ -48,6 +48,7 @@ func (w *LeafWriter) Size() int { return len(w.buf) }
 // End completes the frame and returns what BeginLeaf was given with the frame.
 // The writer must not be used afterwards.
 func (w *LeafWriter) End() []byte {
-	head := msgval.AppendArrayHeader(nil, w.n)
+	var buf [5]byte
+	head := msgval.AppendArrayHeader(buf[:0], w.n)
 	return slices.Replace(w.buf, w.count-1, w.count+2, head...)
 }

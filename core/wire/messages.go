@@ -295,6 +295,6 @@ func (m *Pong) Millis() (uint64, bool) {
 	if len(m.Timestamp) == 0 {
 		return 0, false
 	}
-	r := reader{b: m.Timestamp}
+	r := reader{data: m.Timestamp}
 	return r.integer()
 }

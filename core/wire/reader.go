@@ -16,9 +16,11 @@ const envelopeDepth = 8
 const maxInteger = 1 << 53
 
 // reader reads a frame that scan has accepted, value by value. What it is asked
-// to read is there; of its checks only those of kinds can fail.
+// to read is there; of its checks only those of kinds can fail. It moves a number
+// rather than a slice, because that costs the garbage collector nothing.
 type reader struct {
-	b []byte // what was not read
+	data []byte
+	pos  int // where the next value begins
 
 	// The last map name and node id, to share the copies of equal ones.
 	mapName, nodeID string
@@ -39,26 +41,24 @@ func scan(data []byte) (r reader, deep bool, err *Error) {
 	case size != len(data):
 		return r, false, badMessage("bytes follow the msgpack value; want exactly one")
 	}
-	return reader{b: data}, depth > msgval.MaxDepth, nil
+	return reader{data: data}, depth > msgval.MaxDepth, nil
 }
 
+// rest returns what was not read.
+func (r *reader) rest() []byte { return r.data[r.pos:] }
+
 // skip reads over a value.
-func (r *reader) skip() { r.raw() }
+func (r *reader) skip() { r.pos += msgval.Skip(r.rest()) }
 
 // raw reads a value as its bytes.
 func (r *reader) raw() []byte {
-	n := msgval.Skip(r.b)
-	v := r.b[:n:n]
-	r.b = r.b[n:]
-	return v
+	from := r.pos
+	r.skip()
+	return r.since(from)
 }
 
-// head reads the head of a value.
-func (r *reader) head() msgval.Head {
-	h, _ := msgval.ReadHead(r.b)
-	r.b = r.b[h.Size:]
-	return h
-}
+// since returns the bytes that were read since the reader was at from.
+func (r *reader) since(from int) []byte { return r.data[from:r.pos:r.pos] }
 
 // mapHeader reads the head of a map and returns the number of pairs. If the
 // value is no map it reads over it and returns false.
@@ -68,52 +68,51 @@ func (r *reader) mapHeader() (int, bool) { return r.container(msgval.MapKind) }
 func (r *reader) arrayHeader() (int, bool) { return r.container(msgval.ArrayKind) }
 
 func (r *reader) container(kind msgval.Kind) (int, bool) {
-	h, _ := msgval.ReadHead(r.b)
-	if h.Kind != kind || h.Size == 0 {
+	h, ok := msgval.ReadHead(r.rest())
+	if !ok || h.Kind != kind {
 		r.skip()
 		return 0, false
 	}
-	r.b = r.b[h.Size:]
+	r.pos += h.Size
 	return int(h.N), true
 }
 
 // str reads a string as its bytes. If the value is no string it reads over it
 // and returns false.
 func (r *reader) str() ([]byte, bool) {
+	from := r.pos
 	// Names of fields and most of what is in them is short.
-	if c := r.b[0]; c&0xe0 == 0xa0 {
-		n := 1 + int(c&0x1f)
-		s := r.b[1:n:n]
-		r.b = r.b[n:]
-		return s, true
+	if c := r.data[from]; c&0xe0 == 0xa0 {
+		r.pos += 1 + int(c&0x1f)
+		return r.since(from + 1), true
 	}
-	h, _ := msgval.ReadHead(r.b)
+	h, _ := msgval.ReadHead(r.rest())
 	if h.Kind != msgval.StrKind {
 		r.skip()
 		return nil, false
 	}
-	end := h.Size + int(h.N)
-	s := r.b[h.Size:end:end]
-	r.b = r.b[end:]
-	return s, true
+	r.pos += h.Size + int(h.N)
+	return r.since(from + h.Size), true
 }
+
+// atNil reports whether the next value is nil.
+func (r *reader) atNil() bool { return r.data[r.pos] == 0xc0 }
 
 // isNil reports whether the next value is nil, and reads it if so.
 func (r *reader) isNil() bool {
-	if r.b[0] != 0xc0 {
+	if !r.atNil() {
 		return false
 	}
-	r.b = r.b[1:]
+	r.pos++
 	return true
 }
 
 // bool reads a bool as str reads a string.
 func (r *reader) bool() (v, ok bool) {
-	switch r.b[0] {
+	switch c := r.data[r.pos]; c {
 	case 0xc2, 0xc3:
-		v = r.b[0] == 0xc3
-		r.b = r.b[1:]
-		return v, true
+		r.pos++
+		return c == 0xc3, true
 	}
 	r.skip()
 	return false, false
@@ -135,13 +134,13 @@ func (r *reader) integer() (uint64, bool) {
 // number reads a number: a float, or an integer that is not negative. It returns
 // false for every other value.
 func (r *reader) number() (f float64, isFloat bool, n uint64, ok bool) {
-	h, _ := msgval.ReadHead(r.b)
+	h, _ := msgval.ReadHead(r.rest())
 	switch h.Kind {
 	case msgval.UintKind:
-		r.b = r.b[h.Size:]
+		r.pos += h.Size
 		return 0, false, h.Num, true
 	case msgval.FloatKind:
-		r.b = r.b[h.Size:]
+		r.pos += h.Size
 		return math.Float64frombits(h.Num), true, 0, true
 	}
 	r.skip()

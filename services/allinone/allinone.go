@@ -72,6 +72,7 @@ func DefaultConfig(dir string) Config {
 		Log:         commitlog.Config{Stream: commitlog.StreamName, MaxBytes: 1 << 30, Replicas: 1, Shards: 4},
 	}
 	c.Gateway.DrainTimeout = 2 * time.Second
+	c.Partition.NodeID, c.Partition.StopTimeout = "topgun", 2*time.Second
 	c.Persistence.Store = persistence.StoreSQLite
 	c.Persistence.SQLitePath = filepath.Join(dir, "topgun.db")
 	return c

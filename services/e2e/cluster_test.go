@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -59,6 +60,7 @@ func (o options) env() []string {
 }
 
 func (o options) authFlags(t testing.TB, dir string) []string {
+	t.Helper()
 	if o.jwtSecret == "" {
 		return []string{"--no-auth"}
 	}
@@ -120,8 +122,8 @@ func (g *group) Start(t testing.TB) {
 func (g *group) Stop(t testing.TB) time.Duration {
 	t.Helper()
 	var longest time.Duration
-	for i := len(g.processes) - 1; i >= 0; i-- {
-		longest = max(longest, g.processes[i].terminate(t, syscall.SIGTERM))
+	for _, p := range slices.Backward(g.processes) {
+		longest = max(longest, p.terminate(t, syscall.SIGTERM))
 	}
 	return longest
 }
@@ -155,6 +157,7 @@ func newOneProcess(t testing.TB, o options) Cluster {
 	args := []string{"--listen", address, "--operator-listen", freeAddress(t), "--data", dir}
 	args = append(args, o.authFlags(t, dir)...)
 	c.rows = func(t testing.TB, mapName string) map[string]lwwmap.Record {
+		t.Helper()
 		return sqliteRows(t, dir, mapName)
 	}
 	if o.postgres {
@@ -258,6 +261,7 @@ func open(t testing.TB, url, node string, change ...func(*client.Config)) *clien
 
 // within returns a context for one step of a test.
 func within(t testing.TB, d time.Duration) context.Context {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	t.Cleanup(cancel)
 	return ctx

@@ -172,27 +172,27 @@ func jsonBody(t *testing.T, c Cluster) {
 		t.Fatalf("status %d: %s", status, answer)
 	}
 	type value struct {
-		Title string
-		N     int
+		Title string `json:"title"`
+		N     int    `json:"n"`
+	}
+	type row struct {
+		Key    string `json:"key"`
+		Value  value  `json:"value"` // in query results
+		Record struct {
+			Value value `json:"value"`
+		} `json:"record"` // in deltas
 	}
 	var resp struct {
-		Ack    struct{ LastID string }
+		Ack struct {
+			LastID string `json:"lastId"`
+		} `json:"ack"`
 		Deltas []struct {
-			MapName string
-			Records []struct {
-				Key       string
-				EventType string
-				Record    struct{ Value value }
-			}
-			ServerSyncTimestamp json.RawMessage
-		}
+			Records             []row           `json:"records"`
+			ServerSyncTimestamp json.RawMessage `json:"serverSyncTimestamp"`
+		} `json:"deltas"`
 		QueryResults []struct {
-			QueryID string
-			Results []struct {
-				Key   string
-				Value value
-			}
-		}
+			Results []row `json:"results"`
+		} `json:"queryResults"`
 	}
 	must(t, json.Unmarshal(answer, &resp))
 	want := value{"from a shell", 1}

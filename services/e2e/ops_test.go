@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -109,9 +110,9 @@ func expiryBecomesATombstone(t *testing.T, c Cluster) {
 	flush(t, a)
 	eventually(t, deadline, func() error {
 		if r, ok := bm.Record("k"); !ok {
-			return fmt.Errorf("the record has not arrived")
+			return errors.New("the record has not arrived")
 		} else if !r.Deleted() {
-			return fmt.Errorf("the record is no tombstone")
+			return errors.New("the record is no tombstone")
 		}
 		return nil
 	})
@@ -124,7 +125,7 @@ func expiryBecomesATombstone(t *testing.T, c Cluster) {
 	}
 	eventually(t, deadline, func() error {
 		if a.Map(name).Digest() != bm.Digest() {
-			return fmt.Errorf("the writer holds other content")
+			return errors.New("the writer holds other content")
 		}
 		return nil
 	})
@@ -182,7 +183,7 @@ func aStampAnHourAhead(t *testing.T, c Cluster) {
 	flush(t, fast)
 	eventually(t, deadline, func() error {
 		if hm.Digest() != fm.Digest() {
-			return fmt.Errorf("contents differ")
+			return errors.New("contents differ")
 		}
 		return nil
 	})

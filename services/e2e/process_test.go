@@ -175,6 +175,7 @@ type logBuffer struct {
 const keepLog = 256 << 10
 
 func newLogBuffer(t testing.TB, name string) *logBuffer {
+	t.Helper()
 	l := new(logBuffer)
 	t.Cleanup(func() {
 		l.mu.Lock()
@@ -197,12 +198,6 @@ func (l *logBuffer) Write(p []byte) (int, error) {
 		l.buf.Next(over)
 	}
 	return len(p), nil
-}
-
-func (l *logBuffer) contains(s string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return bytes.Contains(l.buf.Bytes(), []byte(s))
 }
 
 // freeAddress returns an address of this host that nothing listens on. Services

@@ -19,11 +19,11 @@ import (
 // said to each other. PROTOCOL 23 explains the exchange.
 type recorded struct {
 	Frames []struct {
-		Client string
-		Dir    string
-		JSON   map[string]any
-		Hex    string
-	}
+		Client string         `json:"client"`
+		Dir    string         `json:"dir"`
+		JSON   map[string]any `json:"json"`
+		Hex    string         `json:"hex"`
+	} `json:"frames"`
 }
 
 // replay sends what the recorded clients sent, byte for byte, and expects what the

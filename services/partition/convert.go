@@ -5,6 +5,7 @@ import (
 
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
+	partitionv1 "github.com/topgun-sync/topgun/gen/go/topgun/partition/v1"
 	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 )
 
@@ -96,3 +97,26 @@ func changeFromProto(c *typesv1.Change) change {
 
 // intern makes node ids that are equal the same.
 func intern(nodeID string) unique.Handle[string] { return unique.Make(nodeID) }
+
+// outcomesToProto is indexed by outcome.
+var outcomesToProto = [outcomes]partitionv1.Outcome{
+	applied:    partitionv1.Outcome_OUTCOME_APPLIED,
+	duplicate:  partitionv1.Outcome_OUTCOME_DUPLICATE,
+	superseded: partitionv1.Outcome_OUTCOME_SUPERSEDED,
+	restamped:  partitionv1.Outcome_OUTCOME_RESTAMPED,
+	rejected:   partitionv1.Outcome_OUTCOME_REJECTED,
+}
+
+// receiptsToProto answers merged ops.
+func receiptsToProto(ops []op) []*partitionv1.Receipt {
+	receipts := make([]partitionv1.Receipt, len(ops))
+	out := make([]*partitionv1.Receipt, len(ops))
+	for i := range ops {
+		out[i] = &receipts[i]
+		out[i].Outcome, out[i].Reason = outcomesToProto[ops[i].outcome], ops[i].reason
+		if o := ops[i].outcome; o == superseded || o == restamped {
+			out[i].Winner = recordToProto(ops[i].winner)
+		}
+	}
+	return out
+}

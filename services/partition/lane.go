@@ -24,6 +24,8 @@ const (
 	// maxLinks bounds the links of a commit's span, and so what a commit remembers
 	// of its ops.
 	maxLinks = 32
+	// checkPeriod is how often an idle lane asks the log whether it was sealed.
+	checkPeriod = time.Second
 	// fullBackoff and maxFullBackoff are the pauses before a full log is tried
 	// again. It is full for as long as the store is away.
 	fullBackoff    = 50 * time.Millisecond
@@ -43,6 +45,7 @@ var (
 type appender interface {
 	Name() string
 	Append(ctx context.Context, commit *logv1.Commit) (sequence uint64, err error)
+	Check(ctx context.Context) error
 }
 
 // batch is what one commit will carry. Shards fill it while the commit before it is
@@ -195,8 +198,12 @@ func (l *lane) close() {
 }
 
 // next takes the oldest batch, which nobody adds to from then on. It waits for one
-// and returns nil when the lane is closed and empty.
+// and returns nil when the lane is closed and empty. While it waits it looks now and
+// then whether the lane is still its own: an owner without writes would serve old
+// reads for ever.
 func (l *lane) next(ctx context.Context) (*batch, error) {
+	check := time.NewTicker(checkPeriod)
+	defer check.Stop()
 	for {
 		l.mu.Lock()
 		if len(l.queue) > 0 {
@@ -213,6 +220,10 @@ func (l *lane) next(ctx context.Context) (*batch, error) {
 		}
 		select {
 		case <-l.wake:
+		case <-check.C:
+			if errors.Is(l.writer.Check(ctx), commitlog.ErrSealed) {
+				return nil, ErrFenced
+			}
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}

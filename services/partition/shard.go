@@ -25,7 +25,7 @@ const (
 	maxExpiryWait = 30 * time.Second
 	// expiryRetry is the pause before expiries that a full log prevented.
 	expiryRetry = time.Second
-	// expiryBytes is what one expiry counts in the lane's room.
+	// opOverhead is what an op counts in the lane's room beside its key and value.
 	opOverhead = 256
 )
 
@@ -229,7 +229,7 @@ func (s *shard) restamp(o *op, t *table, e *entry, local *lwwmap.Record, wall ui
 	original := o.record.Timestamp
 	r := o.record
 	r.Timestamp = hlc.Timestamp{Millis: wall, NodeID: s.nodeID}
-	for local != nil && local.Timestamp.Millis == wall && local.Timestamp.NodeID == s.nodeID && r.Timestamp.Counter <= local.Timestamp.Counter {
+	if local != nil && local.Timestamp.Millis == wall && local.Timestamp.NodeID == s.nodeID && r.Timestamp.Counter <= local.Timestamp.Counter {
 		r.Timestamp.Counter = local.Timestamp.Counter + 1
 	}
 	if local != nil && lwwmap.Decide(local, r) != lwwmap.Applied {

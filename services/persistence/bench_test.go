@@ -31,7 +31,7 @@ func benchStores(b *testing.B, run func(b *testing.B, store persistence.Store)) 
 func benchRecords(from, n int, at uint64) []persistence.Record {
 	records := make([]persistence.Record, n)
 	for i := range records {
-		key := fmt.Sprintf("todo-%08d", from+i)
+		key := fmt.Sprintf("todo-%08x", uint32(from+i)*2654435761)
 		records[i] = persistence.Record{
 			Map: "todos", Key: key,
 			State: lwwmap.Record{

@@ -27,6 +27,9 @@ type program struct {
 	NATS        string `name:"nats" required:"" env:"TOPGUN_NATS" placeholder:"URL" help:"The NATS server that holds the log and carries the broadcasts."`
 	Persistence string `required:"" env:"TOPGUN_PERSISTENCE" placeholder:"URL" help:"Where the persistence service is, for example http://persistence:8084."`
 
+	NodeID string `name:"node-id" default:"partition" env:"TOPGUN_NODE_ID" placeholder:"NAME" help:"Name of this node in the log: letters, digits, - and _."`
+
+	cli.Shards
 	cli.Log
 	cli.Telemetry
 }
@@ -47,7 +50,9 @@ func (p *program) Run(ctx context.Context, t *obs.Telemetry, out io.Writer) (err
 	}
 	events := natsbus.New(conn, t.Logger)
 	defer func() { err = errors.Join(err, events.Close()) }()
-	service, err := partition.New(partition.DefaultConfig(), partition.Deps{
+	config := partition.DefaultConfig()
+	config.NodeID, config.AcceptLogLoss = p.NodeID, p.AcceptLogLoss
+	service, err := partition.New(config, partition.Deps{
 		Log:    log,
 		Events: events,
 		Persistence: persistencev1connect.NewPersistenceServiceClient(

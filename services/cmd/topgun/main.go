@@ -35,6 +35,7 @@ type topgun struct {
 	LogSync        string `name:"log-sync" env:"TOPGUN_LOG_SYNC" enum:"always,interval" default:"always" placeholder:"WHEN" help:"When the log is written to the disk: always (before every ack) or interval (within two minutes; a power cut loses what was acked since)."`
 
 	cli.Access
+	cli.Shards
 	cli.Telemetry
 }
 
@@ -80,6 +81,7 @@ func (p *topgun) config() (allinone.Config, error) {
 	config.NATSURL = p.NATS
 	config.SyncAlways = p.LogSync == "always"
 	config.Gateway.Listen = p.Listen
+	config.Partition.AcceptLogLoss = p.AcceptLogLoss
 	if err := p.Apply(&config.Gateway); err != nil {
 		return allinone.Config{}, err
 	}

@@ -129,14 +129,16 @@ func StartEmbedded(config EmbeddedConfig) (*Embedded, error) {
 		return nil, errors.Join(fmt.Errorf("make the embedded broker: %w", err), e.removeScratch())
 	}
 	e.server = s
-	s.SetLoggerV2(serverLog{e.logger}, false, false, false)
+	log := &serverLog{logger: e.logger}
+	s.SetLoggerV2(log, false, false, false)
+	// Start recovers the streams before it returns, and says nothing when it could
+	// not.
 	s.Start()
+	if reason := log.fatalReason(); reason != "" {
+		return nil, errors.Join(fmt.Errorf("start the embedded broker: %s", reason), e.Shutdown())
+	}
 	if !s.ReadyForConnections(startTimeout) {
 		err := fmt.Errorf("start the embedded broker: not serving after %s", startTimeout)
-		return nil, errors.Join(err, e.Shutdown())
-	}
-	if !s.JetStreamEnabled() {
-		err := errors.New("start the embedded broker: JetStream did not start; the log has the reason")
 		return nil, errors.Join(err, e.Shutdown())
 	}
 	return e, nil
@@ -199,22 +201,36 @@ func (e *Embedded) removeScratch() error {
 
 // serverLog passes on the server's warnings and errors. Its notices describe a
 // start that ours describes already.
-type serverLog struct{ logger *slog.Logger }
+type serverLog struct {
+	logger *slog.Logger
 
-func (serverLog) Noticef(string, ...any) {}
-func (serverLog) Debugf(string, ...any)  {}
-func (serverLog) Tracef(string, ...any)  {}
+	mu    sync.Mutex
+	fatal string
+}
 
-func (l serverLog) Warnf(format string, args ...any) {
+func (*serverLog) Noticef(string, ...any) {}
+func (*serverLog) Debugf(string, ...any)  {}
+func (*serverLog) Tracef(string, ...any)  {}
+
+func (l *serverLog) Warnf(format string, args ...any) {
 	l.logger.Warn("embedded broker", "message", fmt.Sprintf(format, args...))
 }
 
-func (l serverLog) Errorf(format string, args ...any) {
+func (l *serverLog) Errorf(format string, args ...any) {
 	l.logger.Error("embedded broker", "message", fmt.Sprintf(format, args...))
 }
 
-// Fatalf cannot end the process, as the server expects: only main may. The server
-// is not ready then, and says so.
-func (l serverLog) Fatalf(format string, args ...any) {
-	l.logger.Error("embedded broker", "message", fmt.Sprintf(format, args...))
+// Fatalf is meant to end the process, which only main may do. The server gave up
+// starting; StartEmbedded returns the reason.
+func (l *serverLog) Fatalf(format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.fatal = fmt.Sprintf(format, args...)
+	l.logger.Error("embedded broker", "message", l.fatal)
+}
+
+func (l *serverLog) fatalReason() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.fatal
 }

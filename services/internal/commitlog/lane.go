@@ -91,6 +91,24 @@ func (ln *Lane) Append(ctx context.Context, commit *logv1.Commit) (sequence uint
 	return 0, err
 }
 
+// Check returns ErrSealed if the lane was closed to its writer, as the stream's
+// leader knows it: how a writer that has nothing to append notices. Any other error
+// says nothing about the lane.
+func (ln *Lane) Check(ctx context.Context) error {
+	if ln.sealed {
+		return ErrSealed
+	}
+	last, err := ln.log.tail(ctx, ln.name)
+	if err != nil {
+		return err
+	}
+	if last.sequence != ln.last {
+		ln.sealed = true
+		return ErrSealed
+	}
+	return nil
+}
+
 // errMoved means that the lane does not end where the append expected.
 var errMoved = errors.New("the lane has moved on")
 

@@ -564,3 +564,35 @@ func TestBadNamesAreRefused(t *testing.T) {
 		}
 	}
 }
+
+func TestOWN01_AnIdleWriterNoticesTheSeal(t *testing.T) {
+	l := open(t, connect(t), testConfig())
+	a := openLane(t, l, "a")
+	if err := a.Check(t.Context()); err != nil {
+		t.Errorf("an empty lane of one's own: %v", err)
+	}
+	appendTo(t, a, claimCommit())
+	if err := a.Check(t.Context()); err != nil {
+		t.Errorf("a lane of one's own: %v", err)
+	}
+	if _, err := l.Seal(t.Context(), "a", &logv1.Seal{ByNodeId: "other"}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := a.Check(t.Context()); !errors.Is(err, ErrSealed) {
+			t.Errorf("a sealed lane: %v", err)
+		}
+	}
+}
+
+func TestLaneEnds(t *testing.T) {
+	l := open(t, connect(t), testConfig())
+	a, b := openLane(t, l, "a"), openLane(t, l, "b")
+	appendTo(t, a, claimCommit())
+	appendTo(t, b, claimCommit())
+	appendTo(t, a, changes("k", 1))
+	ends, err := l.LaneEnds(t.Context())
+	if err != nil || len(ends) != 2 || ends["a"] != 3 || ends["b"] != 2 {
+		t.Errorf("LaneEnds = %v, %v", ends, err)
+	}
+}

@@ -49,7 +49,7 @@ const maxReaders = 4
 // exist), and brings its tables to this program's version.
 func Open(ctx context.Context, path string) (*Store, error) {
 	// busy_timeout comes first: switching to WAL needs the lock as well.
-	write, err := open(path, "_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=cache_size(-65536)&_txlock=immediate")
+	write, err := open(path, "_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=cache_size(-65536)&_pragma=wal_autocheckpoint(8000)&_txlock=immediate")
 	if err != nil {
 		return nil, err
 	}

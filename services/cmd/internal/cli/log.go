@@ -13,3 +13,8 @@ type Log struct {
 func (l Log) Config() commitlog.Config {
 	return commitlog.Config{Stream: commitlog.StreamName, MaxBytes: l.LogMaxBytes, Replicas: l.LogReplicas, Shards: l.Shards}
 }
+
+// Shards are the flags of the programs that own shards.
+type Shards struct {
+	AcceptLogLoss bool `name:"accept-log-loss" env:"TOPGUN_ACCEPT_LOG_LOSS" help:"Start although the store was filled from another log, which is gone. What that log held and the store does not is lost."`
+}

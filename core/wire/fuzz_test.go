@@ -1,0 +1,211 @@
+package wire_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"testing"
+
+	"github.com/topgun-sync/topgun/core/msgval"
+	"github.com/topgun-sync/topgun/core/wire"
+)
+
+// frameSeeds adds every frame of the vectors, of both directions, and some that
+// are wrong.
+func frameSeeds(f *testing.F) {
+	for _, file := range []string{"frames-client.json", "frames-server.json", "session-minimal.json", "session-ormap-repair.json"} {
+		for _, v := range frames(f, file) {
+			for _, h := range []string{v.Hex, v.MinimalHex, v.ReferenceEncodingHex} {
+				f.Add(unhex(f, h))
+			}
+		}
+	}
+	f.Add(batch(opWith("record", 5), opWith("key", "")))
+	f.Add([]byte{0xdf, 0xff, 0xff, 0xff, 0xff})
+}
+
+// wireError fails unless err is an *Error with all its parts.
+func wireError(t *testing.T, err error) {
+	t.Helper()
+	var e *wire.Error
+	if !errors.As(err, &e) || e.Name == "" || e.Text == "" || e.Code < 400 || e.Code > 499 {
+		t.Errorf("error %#v", err)
+	}
+}
+
+// sound reports whether nothing in the message is marked as broken.
+func sound(m wire.Message) bool {
+	switch m := m.(type) {
+	case *wire.OpBatch:
+		return soundOps(m.Ops)
+	case *wire.QuerySub:
+		return m.Err == nil
+	}
+	return true
+}
+
+func soundOps(ops []wire.Op) bool {
+	for _, op := range ops {
+		if op.Err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// stable fails unless the encoding of a decoded message is read back as the same
+// message.
+func stable(t *testing.T, m wire.Message, decode func([]byte) (wire.Message, error)) {
+	t.Helper()
+	first := m.AppendTo(nil)
+	if !sound(m) {
+		return
+	}
+	again, err := decode(first)
+	if err != nil {
+		t.Fatalf("%T is encoded as %x, which is refused: %v", m, first, err)
+	}
+	if second := again.AppendTo(nil); !bytes.Equal(first, second) {
+		t.Errorf("%T:\n first %x\nsecond %x", m, first, second)
+	}
+}
+
+func FuzzDecodeClient(f *testing.F) {
+	frameSeeds(f)
+	lim := wire.DefaultLimits()
+	decode := func(b []byte) (wire.Message, error) { return wire.DecodeClient(b, lim) }
+	f.Fuzz(func(t *testing.T, frame []byte) {
+		before := bytes.Clone(frame)
+		m, err := decode(frame)
+		if err != nil {
+			wireError(t, err)
+			return
+		}
+		if rest, err := msgval.Check(frame); err == nil && len(rest) != 0 {
+			t.Fatalf("accepts %x with trailing bytes", frame)
+		}
+		stable(t, m, decode)
+		if o, ok := m.(*wire.Other); ok {
+			if r, ok := wire.RefusalFor(o, "no"); ok {
+				if _, err := wire.DecodeServer(r.AppendTo(nil)); err != nil {
+					t.Errorf("the refusal cannot be read: %v", err)
+				}
+			}
+		}
+		if b, ok := m.(*wire.OpBatch); ok {
+			for _, op := range b.Ops {
+				if op.Err != nil {
+					wireError(t, op.Err)
+					continue
+				}
+				if op.Record.Deleted() != (op.Kind == wire.OpRemove || op.Kind == wire.OpORRemove) && op.Kind != wire.OpORAdd {
+					t.Errorf("%v with the value %x", op.Kind, op.Record.Value)
+				}
+				if wire.CheckMapName(op.MapName) != nil || wire.CheckKey(op.Key) != nil {
+					t.Errorf("map %q, key %q", op.MapName, op.Key)
+				}
+			}
+		}
+		if !bytes.Equal(frame, before) {
+			t.Error("the frame was changed")
+		}
+	})
+}
+
+func FuzzDecodeServer(f *testing.F) {
+	frameSeeds(f)
+	f.Fuzz(func(t *testing.T, frame []byte) {
+		m, err := wire.DecodeServer(frame)
+		if err != nil {
+			wireError(t, err)
+			return
+		}
+		stable(t, m, wire.DecodeServer)
+	})
+}
+
+func httpSeeds(f *testing.F, add func(request, response exchange)) {
+	var v struct {
+		Exchanges []struct{ Request, Response exchange }
+	}
+	load(f, "http-sync.json", &v)
+	for _, x := range v.Exchanges {
+		add(x.Request, x.Response)
+	}
+}
+
+type exchange struct {
+	JSON json.RawMessage
+	Hex  string
+}
+
+func stableRequest(t *testing.T, r *wire.SyncRequest) {
+	t.Helper()
+	first := r.AppendTo(nil)
+	if !soundOps(r.Operations) {
+		return
+	}
+	for _, m := range r.SyncMaps {
+		if m.Err != nil {
+			return
+		}
+	}
+	for _, q := range r.Queries {
+		if q.Err != nil {
+			return
+		}
+	}
+	again, err := wire.DecodeSyncRequest(first, wire.DefaultLimits())
+	if err != nil {
+		t.Fatalf("encoded as %x, which is refused: %v", first, err)
+	}
+	if second := again.AppendTo(nil); !bytes.Equal(first, second) {
+		t.Errorf("\n first %x\nsecond %x", first, second)
+	}
+}
+
+func FuzzDecodeSyncRequest(f *testing.F) {
+	httpSeeds(f, func(request, _ exchange) { f.Add(unhex(f, request.Hex)) })
+	f.Fuzz(func(t *testing.T, body []byte) {
+		r, err := wire.DecodeSyncRequest(body, wire.DefaultLimits())
+		if err != nil {
+			wireError(t, err)
+			return
+		}
+		stableRequest(t, r)
+	})
+}
+
+func FuzzDecodeSyncRequestJSON(f *testing.F) {
+	httpSeeds(f, func(request, _ exchange) { f.Add([]byte(request.JSON)) })
+	f.Fuzz(func(t *testing.T, body []byte) {
+		r, err := wire.DecodeSyncRequestJSON(body, wire.DefaultLimits())
+		if err != nil {
+			wireError(t, err)
+			return
+		}
+		stableRequest(t, r)
+	})
+}
+
+func FuzzDecodeSyncResponse(f *testing.F) {
+	httpSeeds(f, func(_, response exchange) { f.Add(unhex(f, response.Hex)) })
+	f.Fuzz(func(t *testing.T, body []byte) {
+		r, err := wire.DecodeSyncResponse(body)
+		if err != nil {
+			wireError(t, err)
+			return
+		}
+		first := r.AppendTo(nil)
+		again, err := wire.DecodeSyncResponse(first)
+		if err != nil {
+			t.Fatalf("encoded as %x, which is refused: %v", first, err)
+		}
+		if second := again.AppendTo(nil); !bytes.Equal(first, second) {
+			t.Errorf("\n first %x\nsecond %x", first, second)
+		}
+		if text := r.AppendJSON(nil); !json.Valid(text) {
+			t.Errorf("as JSON %s", text)
+		}
+	})
+}

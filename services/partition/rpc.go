@@ -1,0 +1,467 @@
+package partition
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+
+	"connectrpc.com/connect/v2"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/topgun-sync/topgun/core/merkle"
+	"github.com/topgun-sync/topgun/core/query"
+	partitionv1 "github.com/topgun-sync/topgun/gen/go/topgun/partition/v1"
+	"github.com/topgun-sync/topgun/gen/go/topgun/partition/v1/partitionv1connect"
+)
+
+const (
+	// retryBusy and retryFull are the hints, in milliseconds, of a refusal because
+	// the queue is full and because the log is.
+	retryBusy = 100
+	retryFull = 1000
+
+	defaultLimit = 1000
+	maxLimit     = 10_000
+	defaultBytes = 1 << 20
+	maxBytes     = 16 << 20 // with the limit it keeps an answer below the transport's bound
+)
+
+var (
+	_ partitionv1connect.PartitionServiceHandler = (*Service)(nil)
+
+	errUnavailable = connect.NewError(connect.CodeUnavailable, "the shards are not served here at present: try again, or ask Describe who serves them")
+	// errUnknown answers an Apply whose changes may or may not be in the log.
+	errUnknown = connect.NewError(connect.CodeUnavailable, "the outcome of the ops is unknown: apply them again")
+)
+
+// Register registers the service's handler.
+func (s *Service) Register(server *connect.Server) {
+	partitionv1connect.RegisterPartitionServiceHandler(server, s)
+}
+
+// Apply implements the rpc. Groups travel independently: one shard's refusal says
+// nothing about another's.
+func (s *Service) Apply(ctx context.Context, req *partitionv1.ApplyRequest) (*partitionv1.ApplyResponse, error) {
+	if err := checkApply(req); err != nil {
+		return nil, err
+	}
+	resp := &partitionv1.ApplyResponse{Shards: make([]*partitionv1.ShardReceipt, len(req.GetShards()))}
+	p := s.phase.Load()
+	if p.serving == nil {
+		refusal := partitionv1.Refusal_REFUSAL_UNAVAILABLE
+		if errors.Is(p.reason, ErrFenced) {
+			refusal = partitionv1.Refusal_REFUSAL_NOT_OWNER
+		}
+		for i := range resp.Shards {
+			resp.Shards[i] = s.refuse(refusal, 0)
+		}
+		return resp, nil
+	}
+	a := p.serving
+	resp.MapVersion = a.version
+	calls := make([]call, len(req.GetShards()))
+	for i, ops := range req.GetShards() {
+		if int(ops.GetShard()) >= len(a.shards) {
+			resp.Shards[i] = s.refuse(partitionv1.Refusal_REFUSAL_NOT_OWNER, 0)
+			continue
+		}
+		c := &calls[i]
+		if !fillGroup(&c.group, ops, len(a.shards)) {
+			return nil, connect.NewError(connect.CodeInvalidArgument, "a key does not belong to the shard of its ops")
+		}
+	}
+	for i, ops := range req.GetShards() {
+		if resp.Shards[i] == nil {
+			resp.Shards[i] = s.begin(ctx, a, &calls[i], ops)
+		}
+	}
+	var failed error
+	for i := range calls {
+		if calls[i].done == nil {
+			continue
+		}
+		receipt, err := s.end(ctx, &calls[i])
+		if err != nil {
+			failed = err
+			continue
+		}
+		resp.Shards[i] = receipt
+	}
+	if failed != nil {
+		return nil, failed
+	}
+	return resp, nil
+}
+
+// call is one group on its way through its shard.
+type call struct {
+	group group
+	shard *shard
+	done  chan struct{} // nil if the shard never got it
+	span  trace.Span
+}
+
+// begin hands a group to its shard, or returns why not. It waits for room until ctx
+// ends.
+func (s *Service) begin(ctx context.Context, a *active, c *call, ops *partitionv1.ShardOps) *partitionv1.ShardReceipt {
+	c.shard = a.shards[ops.GetShard()]
+	if a.lane.full() {
+		return s.refuse(partitionv1.Refusal_REFUSAL_OVERLOADED, retryFull)
+	}
+	c.group.held = min(c.group.held, s.config.MaxPendingBytes)
+	if s.room.Acquire(ctx, c.group.held) != nil {
+		return s.refuse(partitionv1.Refusal_REFUSAL_OVERLOADED, retryBusy)
+	}
+	parent := ctx
+	if tp := ops.GetTraceParent(); tp != "" {
+		parent = propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier{"traceparent": tp})
+	}
+	_, c.span = s.deps.Tracer.Start(parent, "partition.apply")
+	if c.span.IsRecording() {
+		c.span.SetAttributes(attribute.Int("shard", c.shard.id), attribute.Int("ops", len(c.group.ops)))
+	}
+	c.group.span = c.span.SpanContext()
+	done, err := c.shard.submit(ctx, func() { c.shard.apply(&c.group) })
+	if err != nil {
+		s.room.Release(c.group.held)
+		c.span.SetStatus(codes.Error, "refused")
+		c.span.End()
+		if errors.Is(err, errStopped) {
+			return s.refuse(partitionv1.Refusal_REFUSAL_UNAVAILABLE, 0)
+		}
+		return s.refuse(partitionv1.Refusal_REFUSAL_OVERLOADED, retryBusy)
+	}
+	c.done = done
+	return nil
+}
+
+// end waits until a group is merged and logged. An error means that this is not
+// known (ACK-04).
+func (s *Service) end(ctx context.Context, c *call) (*partitionv1.ShardReceipt, error) {
+	defer c.span.End()
+	if err := c.shard.await(ctx, c.done); err != nil {
+		if errors.Is(err, errStopped) {
+			return s.refuse(partitionv1.Refusal_REFUSAL_UNAVAILABLE, 0), nil
+		}
+		c.span.SetStatus(codes.Error, "unknown")
+		return nil, errUnknown.WithCause(err)
+	}
+	if c.group.overloaded {
+		return s.refuse(partitionv1.Refusal_REFUSAL_OVERLOADED, retryFull), nil
+	}
+	if err := c.group.batch.wait(ctx); err != nil {
+		c.span.SetStatus(codes.Error, "unknown")
+		return nil, errUnknown.WithCause(err)
+	}
+	return &partitionv1.ShardReceipt{
+		Receipts: receiptsToProto(c.group.ops),
+		Level:    s.level(),
+		Arrival:  arrivalToProto(c.group.arrival),
+	}, nil
+}
+
+func (s *Service) refuse(refusal partitionv1.Refusal, retryAfter uint32) *partitionv1.ShardReceipt {
+	s.stats.refused.Add(1)
+	return &partitionv1.ShardReceipt{Refusal: refusal, RetryAfterMillis: retryAfter}
+}
+
+// level is what an answered Apply reaches; never more than was done (ACK-03).
+func (s *Service) level() partitionv1.Level {
+	if s.deps.Log.Memory() {
+		return partitionv1.Level_LEVEL_MEMORY
+	}
+	return partitionv1.Level_LEVEL_APPLIED
+}
+
+// Leaves implements the rpc.
+func (s *Service) Leaves(ctx context.Context, req *partitionv1.LeavesRequest) (*partitionv1.LeavesResponse, error) {
+	combine := merkle.Mixed
+	switch req.GetCombine() {
+	case partitionv1.Combine_COMBINE_UNSPECIFIED, partitionv1.Combine_COMBINE_MIXED:
+	case partitionv1.Combine_COMBINE_PLAIN:
+		combine = merkle.Plain
+	default:
+		return nil, connect.NewError(connect.CodeInvalidArgument, "combine must be MIXED or PLAIN")
+	}
+	r, err := s.newReading(req.GetShards())
+	if err != nil {
+		return nil, err
+	}
+	sums := make([]*merkle.Leaves, len(r.shards))
+	counts := make([]int, len(r.shards))
+	err = r.each(ctx, func(i int, shard *shard) {
+		if t := shard.tables[req.GetMap()]; t != nil {
+			sums[i], counts[i] = t.leafSums(combine).Clone(), len(t.records)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	var total merkle.Leaves
+	resp := &partitionv1.LeavesResponse{}
+	for i, sum := range sums {
+		if sum != nil {
+			total.Merge(sum)
+			resp.Records += uint64(counts[i])
+		}
+	}
+	for leaf, sum := range total.All() {
+		resp.Leaves = append(resp.Leaves, uint32(leaf))
+		resp.Hashes = append(resp.Hashes, sum)
+	}
+	covered := r.covered()
+	resp.Covered = arrivalToProto(covered)
+	resp.NowMillis = max(wallMillis(s.deps.Now()), covered.millis)
+	return resp, nil
+}
+
+// Records implements the rpc.
+func (s *Service) Records(ctx context.Context, req *partitionv1.RecordsRequest) (*partitionv1.RecordsResponse, error) {
+	if req.GetFirstLeaf() > req.GetLastLeaf() || req.GetLastLeaf() >= merkle.LeafCount {
+		return nil, connect.NewError(connect.CodeInvalidArgument, "first leaf and last leaf must be a range within 0 to 4095")
+	}
+	r, err := s.newReading(req.GetShards())
+	if err != nil {
+		return nil, err
+	}
+	found := make([][]change, len(r.shards))
+	err = r.each(ctx, func(i int, shard *shard) {
+		if t := shard.tables[req.GetMap()]; t != nil {
+			found[i] = t.inLeaves(int(req.GetFirstLeaf()), int(req.GetLastLeaf()))
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &partitionv1.RecordsResponse{Changes: changesToProto(slices.Concat(found...))}, nil
+}
+
+// Since implements the rpc. The clock is read before the shards: what they take in
+// later arrives above that reading, so up to it the answer of all shards together
+// is complete, and a page that ends there or before neither skips nor repeats.
+func (s *Service) Since(ctx context.Context, req *partitionv1.SinceRequest) (*partitionv1.SinceResponse, error) {
+	limit, err := limitOf(req.GetLimit(), defaultLimit, maxLimit)
+	if err != nil {
+		return nil, err
+	}
+	bytes, err := limitOf(req.GetMaxBytes(), defaultBytes, maxBytes)
+	if err != nil {
+		return nil, err
+	}
+	r, err := s.newReading(req.GetShards())
+	if err != nil {
+		return nil, err
+	}
+	after := arrivalFromProto(req.GetAfter())
+	found := make([][]change, len(r.shards))
+	cut := make([]bool, len(r.shards))
+	err = r.each(ctx, func(i int, shard *shard) {
+		if t := shard.tables[req.GetMap()]; t != nil {
+			found[i], cut[i] = t.since(after, r.cut, limit, bytes)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	// Beyond the last record of a shard that was cut, its records are missing.
+	covered, more := r.covered(), false
+	for i := range found {
+		if cut[i] {
+			more = true
+			covered = earliest(covered, found[i][len(found[i])-1].arrival)
+		}
+	}
+	all := slices.Concat(found...)
+	slices.SortFunc(all, func(a, b change) int { return a.arrival.compare(b.arrival) })
+	taken := 0
+	for _, c := range all {
+		if c.arrival.compare(covered) > 0 || taken == limit || bytes <= 0 {
+			break
+		}
+		bytes -= len(c.key) + len(c.record.Value)
+		taken++
+	}
+	if taken < len(all) {
+		more = true
+		if taken > 0 && all[taken].arrival.compare(covered) <= 0 {
+			covered = all[taken-1].arrival
+		}
+	}
+	return &partitionv1.SinceResponse{
+		Changes: changesToProto(all[:taken]),
+		// A position from another node may lie above all of ours.
+		Covered: arrivalToProto(latest(covered, after)),
+		More:    more,
+	}, nil
+}
+
+// Query implements the rpc.
+func (s *Service) Query(ctx context.Context, req *partitionv1.QueryRequest) (*partitionv1.QueryResponse, error) {
+	limit, err := limitOf(req.GetLimit(), defaultLimit, maxLimit)
+	if err != nil {
+		return nil, err
+	}
+	var filter *query.Filter
+	if len(req.GetWhere()) > 0 {
+		if filter, err = query.ParseWhere(req.GetWhere()); err != nil {
+			return nil, connect.NewError(connect.CodeInvalidArgument, "where must be a msgpack map from field names to values").WithCause(err)
+		}
+	}
+	r, err := s.newReading(req.GetShards())
+	if err != nil {
+		return nil, err
+	}
+	now := wallMillis(s.deps.Now())
+	after := string(req.GetAfterKey())
+	found := make([][]row, len(r.shards))
+	err = r.each(ctx, func(i int, shard *shard) {
+		if t := shard.tables[req.GetMap()]; t != nil {
+			found[i] = t.query(after, limit+1, now, filter.Match)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	rows := slices.Concat(found...)
+	slices.SortFunc(rows, func(a, b row) int { return strings.Compare(a.key, b.key) })
+	resp := &partitionv1.QueryResponse{More: len(rows) > limit}
+	for _, row := range rows[:min(limit, len(rows))] {
+		resp.Rows = append(resp.Rows, &partitionv1.Row{Key: []byte(row.key), Value: row.value})
+	}
+	return resp, nil
+}
+
+// ListMaps implements the rpc.
+func (s *Service) ListMaps(ctx context.Context, _ *partitionv1.ListMapsRequest) (*partitionv1.ListMapsResponse, error) {
+	r, err := s.newReading(nil)
+	if err != nil {
+		return nil, err
+	}
+	type count struct{ records, tombstones int }
+	counts := make([]map[string]count, len(r.shards))
+	err = r.each(ctx, func(i int, shard *shard) {
+		counts[i] = make(map[string]count, len(shard.tables))
+		for name, t := range shard.tables {
+			counts[i][name] = count{len(t.records) - t.tombstones, t.tombstones}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	byName := make(map[string]*partitionv1.MapInfo)
+	resp := &partitionv1.ListMapsResponse{}
+	for _, maps := range counts {
+		for name, c := range maps {
+			info := byName[name]
+			if info == nil {
+				info = &partitionv1.MapInfo{Name: name}
+				byName[name] = info
+				resp.Maps = append(resp.Maps, info)
+			}
+			info.Records += uint64(c.records)
+			info.Tombstones += uint64(c.tombstones)
+		}
+	}
+	slices.SortFunc(resp.Maps, func(a, b *partitionv1.MapInfo) int { return strings.Compare(a.GetName(), b.GetName()) })
+	return resp, nil
+}
+
+// Describe implements the rpc. A service that does not serve names no shards.
+func (s *Service) Describe(context.Context, *partitionv1.DescribeRequest) (*partitionv1.DescribeResponse, error) {
+	resp := &partitionv1.DescribeResponse{
+		NodeId:     s.config.NodeID,
+		History:    s.deps.Log.History(),
+		ShardCount: uint32(s.deps.Log.Shards()),
+		Level:      s.level(),
+	}
+	if a := s.phase.Load().serving; a != nil {
+		resp.Lane, resp.MapVersion = a.lane.writer.Name(), a.version
+		for _, shard := range a.shards {
+			resp.Shards = append(resp.Shards, uint32(shard.id))
+		}
+	}
+	return resp, nil
+}
+
+// reading is one read over several shards.
+type reading struct {
+	active *active
+	shards []*shard
+	// cut is the clock's reading before the shards are read: they show at least
+	// everything that arrived up to it.
+	cut arrival
+}
+
+// newReading checks the shards that a request names; none means all.
+func (s *Service) newReading(ids []uint32) (*reading, error) {
+	a := s.phase.Load().serving
+	if a == nil {
+		return nil, errUnavailable
+	}
+	r := &reading{active: a, shards: a.shards}
+	if len(ids) > 0 {
+		r.shards = make([]*shard, 0, min(len(ids), len(a.shards)))
+		for _, id := range ids {
+			if int(id) >= len(a.shards) {
+				return nil, errUnavailable
+			}
+			if slices.Contains(r.shards, a.shards[id]) {
+				return nil, connect.NewError(connect.CodeInvalidArgument, "a shard is named twice")
+			}
+			r.shards = append(r.shards, a.shards[id])
+		}
+	}
+	r.cut = a.clock.read(wallMillis(s.deps.Now()))
+	return r, nil
+}
+
+// each has every shard do the task, and returns when they have and everything that
+// they showed is in the log (ACK-02).
+func (r *reading) each(ctx context.Context, task func(i int, s *shard)) error {
+	done := make([]chan struct{}, len(r.shards))
+	shown := make([]*batch, len(r.shards))
+	for i, s := range r.shards {
+		var err error
+		done[i], err = s.submit(ctx, func() {
+			task(i, s)
+			shown[i] = s.last
+		})
+		if err != nil {
+			return readError(ctx, err)
+		}
+	}
+	for i, s := range r.shards {
+		if err := s.await(ctx, done[i]); err != nil {
+			return readError(ctx, err)
+		}
+		if err := shown[i].wait(ctx); err != nil {
+			return readError(ctx, err)
+		}
+	}
+	return nil
+}
+
+// covered is the position that the reading may be handed out with: what every owner
+// to come will stay above. Call it after each.
+func (r *reading) covered() arrival { return earliest(r.cut, r.active.lane.ceiling()) }
+
+func readError(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return errUnavailable.WithCause(err)
+}
+
+func limitOf(asked uint32, otherwise, most int) (int, error) {
+	switch {
+	case asked == 0:
+		return otherwise, nil
+	case int64(asked) > int64(most):
+		return 0, connect.NewError(connect.CodeInvalidArgument, "limit must be at most 10000, and max bytes at most 16 MiB")
+	}
+	return int(asked), nil
+}
