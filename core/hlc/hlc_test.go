@@ -199,6 +199,10 @@ func FuzzParse(f *testing.F) {
 		f.Add(c.String)
 	}
 	f.Add("18446744073709551615:18446744073709551616:x")
+	f.Add("01:0:n")
+	f.Add("1:00:n")
+	f.Add("+1:0:n")
+	f.Add("1:0:")
 	f.Fuzz(func(t *testing.T, s string) {
 		ts, err := hlc.Parse(s)
 		if err != nil {

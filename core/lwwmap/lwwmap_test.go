@@ -223,6 +223,13 @@ func TestDecide(t *testing.T) {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
 		}
 	}
+	var names []string
+	for o := lwwmap.Applied; o <= lwwmap.Conflict+1; o++ {
+		names = append(names, o.String())
+	}
+	if diff := cmp.Diff([]string{"applied", "duplicate", "superseded", "conflict", "unknown"}, names); diff != "" {
+		t.Errorf("names (-want +got):\n%s", diff)
+	}
 	if got := lwwmap.Decide(nil, local); got != lwwmap.Applied {
 		t.Errorf("no local: %v, want applied", got)
 	}

@@ -312,6 +312,11 @@ func TestIncrementalEqualsRebuilt(t *testing.T) {
 		}
 		for i := range parts {
 			sum.Merge(&parts[i])
+			for leaf, h := range parts[i].All() {
+				if h == 0 {
+					t.Fatalf("All yields leaf %d, which is empty", leaf)
+				}
+			}
 		}
 		if diff := cmp.Diff(maps.Collect(rebuilt.All()), maps.Collect(sum.All())); diff != "" {
 			t.Fatalf("(-rebuilt +sum of shards):\n%s", diff)
@@ -377,6 +382,11 @@ func TestNoAllocations(t *testing.T) {
 		"HashBytes": func() { sink += merkle.HashBytes([]byte("éé")) },
 		"ItemHash":  func() { sink += merkle.ItemHash(long, ts) },
 		"Add":       func() { l.Add(5, 7, merkle.Mixed) },
+		"All of many leaves": func() {
+			for _, h := range l.All() {
+				sink += h
+			}
+		},
 	} {
 		if n := testing.AllocsPerRun(100, f); n != 0 {
 			t.Errorf("%s allocates %v times", name, n)

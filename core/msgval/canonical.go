@@ -29,48 +29,52 @@ func canonical(dst, b []byte, depth int) (out, rest []byte) {
 		return dst, nil
 	}
 	b = b[h.Size:]
-	if !h.Kind.Container() && h.N > uint64(len(b)) {
+	if !h.Kind.Container() {
+		if h.N > uint64(len(b)) {
+			return dst, nil
+		}
+		return canonicalScalar(dst, h, b[:h.N]), b[h.N:]
+	}
+	if h.Values() > uint64(len(b)) {
 		return dst, nil
 	}
+	if h.Kind == MapKind {
+		return canonicalMap(dst, b, int(h.N), depth)
+	}
+	dst = AppendArrayHeader(dst, int(h.N))
+	for range h.N {
+		dst, b = canonical(dst, b, depth+1)
+	}
+	return dst, b
+}
+
+// canonicalScalar appends the canonical form of a value that is no container,
+// given its head and the bytes after it.
+func canonicalScalar(dst []byte, h Head, b []byte) []byte {
 	switch h.Kind {
-	case NilKind:
-		return AppendNil(dst), b
 	case BoolKind:
-		return AppendBool(dst, h.Num == 1), b
+		return AppendBool(dst, h.Num == 1)
 	case UintKind:
-		return AppendUint(dst, h.Num), b
+		return AppendUint(dst, h.Num)
 	case IntKind:
-		return AppendInt(dst, int64(h.Num)), b
+		return AppendInt(dst, int64(h.Num))
 	case FloatKind:
 		f := math.Float64frombits(h.Num)
 		switch {
 		case f == math.Trunc(f) && math.Abs(f) <= maxSafe:
-			return AppendInt(dst, int64(f)), b
+			return AppendInt(dst, int64(f))
 		case math.IsNaN(f):
-			return AppendFloat(dst, math.Float64frombits(0x7ff8000000000000)), b
+			return AppendFloat(dst, math.Float64frombits(0x7ff8000000000000))
 		}
-		return AppendFloat(dst, f), b
+		return AppendFloat(dst, f)
 	case StrKind:
-		return append(appendStrHeader(dst, int(h.N)), b[:h.N]...), b[h.N:]
+		return append(appendStrHeader(dst, len(b)), b...)
 	case BinKind:
-		return AppendBin(dst, b[:h.N]), b[h.N:]
+		return AppendBin(dst, b)
 	case ExtKind:
-		return appendExt(dst, byte(h.Num), b[:h.N]), b[h.N:]
-	case ArrayKind:
-		if h.N > uint64(len(b)) {
-			return dst, nil
-		}
-		dst = AppendArrayHeader(dst, int(h.N))
-		for range h.N {
-			dst, b = canonical(dst, b, depth+1)
-		}
-		return dst, b
-	default:
-		if h.Values() > uint64(len(b)) {
-			return dst, nil
-		}
-		return canonicalMap(dst, b, int(h.N), depth)
+		return appendExt(dst, byte(h.Num), b)
 	}
+	return AppendNil(dst)
 }
 
 // span is a canonical pair within a buffer: its key begins at start, its value
@@ -103,7 +107,7 @@ func canonicalMap(dst, b []byte, n, depth int) (out, rest []byte) {
 	if sorted {
 		return dst, b
 	}
-	unsorted := slices.Clone(dst[first:])
+	unsorted := append([]byte(nil), dst[first:]...)
 	key := func(s span) []byte { return unsorted[s.start-first : s.value-first] }
 	slices.SortStableFunc(pairs, func(x, y span) int { return bytes.Compare(key(x), key(y)) })
 	kept := pairs[:0]
@@ -120,11 +124,23 @@ func canonicalMap(dst, b []byte, n, depth int) (out, rest []byte) {
 	return dst, b
 }
 
-// Equal reports whether two values have the same canonical form.
+// Equal reports whether two values have the same canonical form. It does not
+// allocate unless both are containers that differ byte for byte.
 func Equal(a, b []byte) bool {
 	if bytes.Equal(a, b) {
 		return true
 	}
-	var bufA, bufB [256]byte
-	return bytes.Equal(Canonical(bufA[:0], a), Canonical(bufB[:0], b))
+	x, okX := ReadHead(a)
+	y, okY := ReadHead(b)
+	switch {
+	case !okX || !okY:
+		return false
+	case x.Kind.Container() || y.Kind.Container():
+		return x.Kind == y.Kind &&
+			bytes.Equal(Canonical(make([]byte, 0, len(a)), a), Canonical(make([]byte, 0, len(b)), b))
+	case x.Kind >= StrKind || y.Kind >= StrKind:
+		return x.Kind == y.Kind && x.Num == y.Num && bytes.Equal(a[x.Size:], b[y.Size:])
+	}
+	var bufX, bufY [16]byte
+	return bytes.Equal(canonicalScalar(bufX[:0], x, nil), canonicalScalar(bufY[:0], y, nil))
 }

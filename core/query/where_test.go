@@ -142,3 +142,16 @@ func BenchmarkMatch(b *testing.B) {
 		f.Match(v)
 	}
 }
+
+func TestMatchAllocatesNothing(t *testing.T) {
+	f, err := query.ParseWhere(fromJSON(t, `{"city":"Berlin","age":30}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{`{"age":30,"city":"Berlin"}`, `{"age":31,"city":"Berlin"}`, `{"age":30,"city":"Hamburg"}`, `{"age":"30","city":{"b":1,"a":2}}`, `{"age":30,"city":{"b":1,"a":2}}`} {
+		v := fromJSON(t, text)
+		if n := testing.AllocsPerRun(100, func() { f.Match(v) }); n != 0 {
+			t.Errorf("matching %s allocates %v times", text, n)
+		}
+	}
+}

@@ -2,7 +2,6 @@ package wire
 
 import (
 	"bytes"
-	"math"
 	"time"
 
 	"github.com/topgun-sync/topgun/core/hlc"
@@ -193,6 +192,9 @@ func (d *decoder) finish(op *Op, raw *rawOp) *Error {
 		if op.Tag = string(raw.tag); op.Tag == "" || len(op.Tag) > maxKey {
 			return badMessage("orTag must be a string of 1 to 512 bytes")
 		}
+		if !raw.hasTimestamp {
+			return badMessage("timestamp is missing; want a map of millis, counter and nodeId")
+		}
 		op.Record.Timestamp = raw.timestamp
 		return nil
 	}
@@ -210,7 +212,6 @@ func (d *decoder) finishLWW(op *Op, raw *rawOp) *Error {
 	if op.Record.Deleted() {
 		// What a client writes as null is a deletion everywhere (PROTOCOL 5.1).
 		op.Kind = OpRemove
-		op.Record.TTLMillis = 0
 		return nil
 	}
 	if op.Kind == OpRemove {
@@ -388,13 +389,13 @@ func (d *decoder) ttl() (uint64, *Error) {
 	}
 	f, isFloat, n, ok := d.number()
 	if isFloat {
-		if !(f >= 0 && f <= float64(maxTTL)) { // also NaN
-			ok = false
-		} else if n = uint64(f); n == 0 && f > 0 {
-			n = 1
+		if ok = f >= 0 && f <= float64(maxTTL); ok { // not for NaN
+			if n = uint64(f); n == 0 && f > 0 {
+				n = 1
+			}
 		}
 	}
-	if !ok || n > uint64(maxTTL) || isFloat && math.IsNaN(f) {
+	if !ok || n > uint64(maxTTL) {
 		return 0, &Error{Name: BadTTL, Code: 400, Text: "ttlMs must be a number of ms from 0 to ten years"}
 	}
 	return n, nil

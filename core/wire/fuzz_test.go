@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"math"
 	"testing"
 
 	"github.com/topgun-sync/topgun/core/msgval"
@@ -70,6 +71,69 @@ func stable(t *testing.T, m wire.Message, decode func([]byte) (wire.Message, err
 	}
 }
 
+// values returns where each value within b begins, keys included.
+func values(b []byte) (at []int) {
+	for pos := 0; pos < len(b); {
+		at = append(at, pos)
+		h, _ := msgval.ReadHead(b[pos:])
+		pos += h.Size
+		if !h.Kind.Container() {
+			pos += int(h.N)
+		}
+	}
+	return at
+}
+
+// Every value of every frame and body in turn becomes something else. Nothing
+// panics, errors are errors of ours, and what is accepted can be encoded.
+func TestWrongKinds(t *testing.T) {
+	var inputs [][]byte
+	for _, file := range []string{"frames-client.json", "frames-server.json"} {
+		for _, v := range frames(t, file) {
+			for _, h := range []string{v.Hex, v.MinimalHex} {
+				if h != "" {
+					inputs = append(inputs, unhex(t, h))
+				}
+			}
+		}
+	}
+	httpSeeds(t, func(request, response exchange) {
+		inputs = append(inputs, unhex(t, request.Hex), unhex(t, response.Hex))
+	})
+	lim := wire.DefaultLimits()
+	decodeClient := func(b []byte) (wire.Message, error) { return wire.DecodeClient(b, lim) }
+	refused := 0
+	for _, in := range inputs {
+		for _, at := range values(in) {
+			for _, with := range []any{nil, true, -1, math.NaN(), uint64(math.MaxUint64), "", "x", []byte{1}, []any{nil}, pairs{}, pairs{"x", nil}, pairs{1, 2}} {
+				b := pack(bytes.Clone(in[:at]), with)
+				b = append(b, in[at+msgval.Skip(in[at:]):]...)
+				for _, decode := range []func([]byte) (wire.Message, error){decodeClient, wire.DecodeServer} {
+					if m, err := decode(b); err != nil {
+						wireError(t, err)
+						refused++
+					} else {
+						stable(t, m, decode)
+					}
+				}
+				if r, err := wire.DecodeSyncRequest(b, lim); err != nil {
+					wireError(t, err)
+				} else {
+					stableRequest(t, r)
+				}
+				if r, err := wire.DecodeSyncResponse(b); err != nil {
+					wireError(t, err)
+				} else {
+					stableResponse(t, r)
+				}
+			}
+		}
+	}
+	if refused == 0 {
+		t.Error("nothing was refused")
+	}
+}
+
 func FuzzDecodeClient(f *testing.F) {
 	frameSeeds(f)
 	lim := wire.DefaultLimits()
@@ -124,7 +188,7 @@ func FuzzDecodeServer(f *testing.F) {
 	})
 }
 
-func httpSeeds(f *testing.F, add func(request, response exchange)) {
+func httpSeeds(f testing.TB, add func(request, response exchange)) {
 	var v struct {
 		Exchanges []struct{ Request, Response exchange }
 	}
@@ -196,16 +260,21 @@ func FuzzDecodeSyncResponse(f *testing.F) {
 			wireError(t, err)
 			return
 		}
-		first := r.AppendTo(nil)
-		again, err := wire.DecodeSyncResponse(first)
-		if err != nil {
-			t.Fatalf("encoded as %x, which is refused: %v", first, err)
-		}
-		if second := again.AppendTo(nil); !bytes.Equal(first, second) {
-			t.Errorf("\n first %x\nsecond %x", first, second)
-		}
-		if text := r.AppendJSON(nil); !json.Valid(text) {
-			t.Errorf("as JSON %s", text)
-		}
+		stableResponse(t, r)
 	})
+}
+
+func stableResponse(t *testing.T, r *wire.SyncResponse) {
+	t.Helper()
+	first := r.AppendTo(nil)
+	again, err := wire.DecodeSyncResponse(first)
+	if err != nil {
+		t.Fatalf("encoded as %x, which is refused: %v", first, err)
+	}
+	if second := again.AppendTo(nil); !bytes.Equal(first, second) {
+		t.Errorf("\n first %x\nsecond %x", first, second)
+	}
+	if text := r.AppendJSON(nil); !json.Valid(text) {
+		t.Errorf("as JSON %s", text)
+	}
 }

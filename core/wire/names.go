@@ -13,8 +13,9 @@ const (
 )
 
 // CheckMapName returns why a map must not have this name, or nil: a name is 1 to
-// 128 ASCII letters, digits, '_', '.' and '-', begins with a letter or '_', and
-// holds no "..". Names that begin with _topgun_ or __topgun_ in any case, and
+// 128 ASCII letters, digits, '_', '.', ':' and '-', begins with a letter or '_', and
+// holds no "..". Younger clients of the original refuse ':' by themselves; older ones
+// have maps named with it. Names that begin with _topgun_ or __topgun_ in any case, and
 // names that mean something to JavaScript objects, are reserved. Do not return
 // the result as an error without a look: a nil *Error is no nil error.
 func CheckMapName(name string) *Error {
@@ -22,7 +23,7 @@ func CheckMapName(name string) *Error {
 		return badName()
 	}
 	for i := range len(name) {
-		if c := name[i]; !nameStart(c) && (c < '0' || c > '9') && c != '.' && c != '-' {
+		if c := name[i]; !nameStart(c) && (c < '0' || c > '9') && c != '.' && c != ':' && c != '-' {
 			return badName()
 		}
 	}
@@ -33,7 +34,7 @@ func CheckMapName(name string) *Error {
 }
 
 func badName() *Error {
-	return &Error{Name: BadName, Code: 400, Text: "a map name is 1 to 128 letters, digits, '_', '.' and '-', begins with a letter or '_', and holds no '..'"}
+	return &Error{Name: BadName, Code: 400, Text: "a map name is 1 to 128 letters, digits, '_', '.', ':' and '-', begins with a letter or '_', and holds no '..'"}
 }
 
 func reservedName(text string) *Error { return &Error{Name: ReservedName, Code: 400, Text: text} }
