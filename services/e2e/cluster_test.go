@@ -166,7 +166,7 @@ func newOneProcess(t testing.TB, o options) Cluster {
 		c.rows = c.db.rows
 	}
 	c.processes = []*process{{
-		name: "topgun", path: program("topgun"), args: args, env: o.env(), wants: []string{listening, operator},
+		name: "topgun", path: program(t, "topgun"), args: args, env: o.env(), wants: []string{listening, operator},
 	}}
 	c.urls = []string{"http://" + address}
 	c.run(t)
@@ -199,7 +199,7 @@ func newFourProcesses(t testing.TB, o options) Cluster {
 	}
 	service := func(role, file string, args ...string) *process {
 		return &process{
-			name: role, path: program(file), env: o.env(), wants: []string{listening},
+			name: role, path: program(t, file), env: o.env(), wants: []string{listening},
 			args: append([]string{"--listen", addr[role]}, args...),
 		}
 	}

@@ -67,10 +67,11 @@ var binaries = sync.OnceValues(func() (string, error) {
 })
 
 // program returns the path of one of the programs under services/cmd.
-func program(name string) string {
+func program(t testing.TB, name string) string {
+	t.Helper()
 	dir, err := binaries()
 	if err != nil {
-		panic(err) // nothing can run without
+		t.Fatal(err)
 	}
 	return filepath.Join(dir, name)
 }

@@ -487,6 +487,31 @@ func TestQueueBytes(t *testing.T) {
 	})
 }
 
+// What overflowed no longer counts.
+func TestQueueBytesAreGivenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := fanout.DefaultConfig()
+		config.QueueBytes = 1000
+		r := open(t, config, fanout.Deps{})
+		blocked := r.subscribe("blocked")
+		blocked.watch("m", "n")
+		sized := func(name string, sequence uint64, bytes int) {
+			if err := r.bus.PublishEvent(context.Background(), &fanoutv1.Event{Map: name, Lane: strings.Repeat("l", bytes), Sequence: sequence}); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+		}
+		sized("n", 1, 400)
+		sized("m", 1, 400) // waits
+		sized("m", 2, 400) // waits
+		sized("m", 3, 400) // overflow: one Gap for m
+		sized("n", 2, 400) // fits again
+		sized("n", 3, 400)
+		blocked.read()
+		blocked.want("n/0/1", "gap m", "n/0/2", "n/0/3")
+	})
+}
+
 // RES-03: interest returns to its baseline.
 func TestRES03Churn(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *room) {
@@ -588,6 +613,28 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("%d maps, %d subscriptions, want 1", maps, r.bus.Maps())
 		}
 	})
+}
+
+func TestConfig(t *testing.T) {
+	b := membus.New()
+	defer b.Close()
+	if _, err := fanout.New(fanout.DefaultConfig(), fanout.Deps{}); err == nil || !strings.Contains(err.Error(), "Deps.Bus is missing") {
+		t.Errorf("without a bus: %v", err)
+	}
+	for name, spoil := range map[string]func(*fanout.Config){
+		"MaxStreams":       func(c *fanout.Config) { c.MaxStreams = 0 },
+		"MaxMapsPerStream": func(c *fanout.Config) { c.MaxMapsPerStream = 0 },
+		"QueueEvents":      func(c *fanout.Config) { c.QueueEvents = 0 },
+		"QueueBytes":       func(c *fanout.Config) { c.QueueBytes = 0 },
+		"MaxPositions":     func(c *fanout.Config) { c.MaxPositions = 0 },
+		"HeartbeatPeriod":  func(c *fanout.Config) { c.HeartbeatPeriod = 1 },
+	} {
+		config := fanout.DefaultConfig()
+		spoil(&config)
+		if _, err := fanout.New(config, fanout.Deps{Bus: b}); err == nil || !strings.Contains(err.Error(), name+" must be at least") {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
 }
 
 func TestRunEndsStreams(t *testing.T) {

@@ -23,6 +23,14 @@ type unit struct {
 	receipt *partitionv1.ShardReceipt
 }
 
+// line is what the order of ops is kept within: one session and one shard.
+type line struct {
+	origin string
+	shard  uint32
+}
+
+func (u *unit) line() line { return line{u.ops.Origin, u.ops.Shard} }
+
 func (u *unit) answer(receipt *partitionv1.ShardReceipt) {
 	u.receipt = receipt
 	u.grant.done()
@@ -60,6 +68,9 @@ type peer struct {
 	mu    sync.Mutex
 	queue []*unit // bounded by the router's admissions
 	calls int     // in flight
+	// busy holds the lines of the units in flight. What follows on a busy line waits
+	// for the answer, as two calls may overtake each other.
+	busy map[line]bool
 }
 
 // add queues a unit, and begins a call when fewer than allowed are in flight.
@@ -84,33 +95,47 @@ func (p *peer) pump() {
 			return
 		}
 		p.call(units)
+		p.mu.Lock()
+		for _, u := range units {
+			delete(p.busy, u.line())
+		}
+		p.mu.Unlock()
 	}
 }
 
 // take removes what the next call carries, or ends the pump: in the same critical
-// section, so that a unit added meanwhile begins another.
+// section, so that a unit added meanwhile begins another. Units that wait behind a
+// busy line are taken by the pump that made it busy, when its call has ended.
 func (p *peer) take() []*unit {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	var units, rest []*unit
 	var ops int
 	var bytes int64
-	n := 0
-	for ; n < len(p.queue); n++ {
-		u := p.queue[n]
-		if n > 0 && (ops+len(u.ops.Ops) > maxCallOps || bytes+u.bytes > maxCallBytes) {
+	for i, u := range p.queue {
+		if p.busy[u.line()] {
+			rest = append(rest, u)
+			continue
+		}
+		if len(units) > 0 && (ops+len(u.ops.Ops) > maxCallOps || bytes+u.bytes > maxCallBytes) {
+			rest = append(rest, p.queue[i:]...)
 			break
 		}
+		units = append(units, u)
 		ops += len(u.ops.Ops)
 		bytes += u.bytes
 	}
-	if n == 0 {
+	p.queue = rest
+	if len(units) == 0 {
 		p.calls--
 		return nil
 	}
-	units := p.queue[:n:n]
-	p.queue = p.queue[n:]
-	if len(p.queue) == 0 {
-		p.queue = nil // so that the array is not kept by its empty end
+	for _, u := range units {
+		// Without a session there is no order to keep: requests of POST /sync are
+		// answered one by one.
+		if u.ops.Origin != "" {
+			p.busy[u.line()] = true
+		}
 	}
 	return units
 }

@@ -49,6 +49,7 @@ type fakePartition struct {
 	clock typesv1.Arrival
 	seq   map[string]uint64
 	calls map[string]int
+	trace string // of the last ops
 }
 
 func newFakePartition(fanout *fakeFanout) *fakePartition {
@@ -196,6 +197,7 @@ func (p *fakePartition) Apply(ctx context.Context, req *partitionv1.ApplyRequest
 	var events []*fanoutv1.Event
 	p.mu.Lock()
 	for _, shard := range req.GetShards() {
+		p.trace = shard.GetTraceParent()
 		receipt := &partitionv1.ShardReceipt{Level: p.level}
 		res.Shards = append(res.Shards, receipt)
 		if p.refuse != nil {

@@ -19,7 +19,9 @@ import (
 )
 
 // rawHeader is a frame header with nothing checked.
-func rawHeader(first, second byte, rest ...byte) []byte { return append([]byte{first, second}, rest...) }
+func rawHeader(first, second byte, rest ...byte) []byte {
+	return append([]byte{first, second}, rest...)
+}
 
 func withLength64(n uint64) []byte {
 	return append(binary.BigEndian.AppendUint64([]byte{0x82, 0xff}, n), 1, 2, 3, 4)
@@ -387,4 +389,3 @@ func TestConnectionCaps(t *testing.T) {
 		})
 	}
 }
-

@@ -331,20 +331,20 @@ func TestSyncDeliversWinners(t *testing.T) {
 }
 
 func TestSyncRepeats(t *testing.T) {
-	g := startGateway(t, func(c *Config) { c.MaxOps = 10 }, nil)
+	var arrived atomic.Int64
+	g := startGateway(t, func(c *Config) { c.MaxOps = 10 }, func(p *fakePartition) {
+		p.reject = func(*partitionv1.Op) string { arrived.Add(1); return "" }
+	})
 	var ops []wire.Op
 	for range 30 { // the original client sends all pending ops with every write
 		for i := range 10 {
 			ops = append(ops, put(fmt.Sprint(i+1), "m", fmt.Sprint(i), "v", uint64(i+1)))
 		}
 	}
-	var arrived atomic.Int64
-	g.partition.before = nil
 	response := g.sync(&wire.SyncRequest{Operations: ops})
-	if response.Ack == nil || response.Ack.LastID != "10" {
-		t.Errorf("ack %+v", response.Ack)
+	if response.Ack == nil || response.Ack.LastID != "10" || arrived.Load() != 10 {
+		t.Errorf("ack %+v, and %d ops travelled", response.Ack, arrived.Load())
 	}
-	_ = arrived.Load()
 	// The same id with other content is another op.
 	other := put("1", "m", "0", "w", 50)
 	if got := len(distinctOps([]wire.Op{ops[0], ops[0], other, ops[0], other})); got != 2 {
@@ -555,6 +555,15 @@ func TestSyncQueries(t *testing.T) {
 	for _, cursor := range foreign {
 		if _, failed := ask(wire.HTTPQuery{Cursor: cursor}); failed == nil || failed.Code != 400 || failed.Context != "q" {
 			t.Errorf("cursor %.20q: %+v", cursor, failed)
+		}
+	}
+	many := []byte{0xde, 0, 65}
+	for i := range 65 {
+		many = append(many, 0xa2, 'a'+byte(i/26), 'a'+byte(i%26), 1)
+	}
+	for name, where := range map[string][]byte{"BAD_QUERY": {0x81, 1, 1}, "QUERY_TOO_COMPLEX": many} {
+		if _, failed := ask(wire.HTTPQuery{Where: where}); failed == nil || failed.Code != 400 || !strings.HasPrefix(failed.Message, name+":") {
+			t.Errorf("%s: %+v", name, failed)
 		}
 	}
 	if _, failed := ask(wire.HTTPQuery{Offset: maxQueryOffset + 1}); failed == nil || failed.Code != 400 {
@@ -837,8 +846,7 @@ func TestSyncJSON(t *testing.T) {
 	}
 }
 
-// TestSyncTwoTransportsOneState writes over HTTP what a session reads and the other
-// way round is in the session's tests; here two HTTP clients alternate (SYN-02).
+// TestSyncTwoClientsConverge: two clients that alternate end with one content.
 func TestSyncTwoClientsConverge(t *testing.T) {
 	g := startGateway(t, nil, nil)
 	var copies [2]lwwmap.Map

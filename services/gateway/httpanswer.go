@@ -16,6 +16,7 @@ import (
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
 	"github.com/topgun-sync/topgun/core/msgval"
+	"github.com/topgun-sync/topgun/core/query"
 	"github.com/topgun-sync/topgun/core/wire"
 )
 
@@ -353,8 +354,10 @@ func (a *syncAnswer) queries(ctx context.Context, queries []wire.HTTPQuery) {
 			a.response.QueryResults = append(a.response.QueryResults, *result)
 		case errors.As(err, &refused):
 			a.fail(refused.Code, refused.Error(), q.QueryID)
+		case errors.Is(err, query.ErrTooComplex):
+			a.fail(400, "QUERY_TOO_COMPLEX: filter may have at most 64 fields", q.QueryID)
 		case errors.Is(err, errBadQuery):
-			a.fail(400, "BAD_QUERY: filter must be a map from at most 64 fields to values", q.QueryID)
+			a.fail(400, "BAD_QUERY: filter must be a map from field names to values", q.QueryID)
 		case errors.Is(err, errUnavailable):
 			a.fail(503, "UNAVAILABLE: the map cannot be read now; ask again", q.QueryID)
 		default:

@@ -146,30 +146,37 @@ func bodyForm(header http.Header) (f form, ok bool) {
 }
 
 // readBody reads a whole body of at most MaxBodyBytes, before and after inflating,
-// within BodyTimeout. A larger one gives *http.MaxBytesError.
+// by the deadline that Handler has set. A larger one gives *http.MaxBytesError.
 func (s *Service) readBody(w http.ResponseWriter, r *http.Request, f form) ([]byte, error) {
 	limit := int64(s.cfg.MaxBodyBytes)
-	control := http.NewResponseController(w)
-	// A socket's deadline is in real time, whatever the clock of the room is. A
-	// connection without deadlines (a recorder in a test) is no reason to refuse.
-	_ = control.SetReadDeadline(time.Now().Add(s.cfg.BodyTimeout))
-	defer func() { _ = control.SetReadDeadline(time.Time{}) }()
 	limited := http.MaxBytesReader(w, r.Body, limit)
-	if !f.gzip {
-		return io.ReadAll(limited)
+	body, err := inflate(limited, limit, f)
+	if err != nil {
+		return nil, err
 	}
-	inflate, err := gzip.NewReader(limited)
+	// The deadline was for the body. Left in place it would end the request while it
+	// is being answered; after an error it stays, as net/http reads on to the end of
+	// the body and would wait for a client that sends none.
+	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
+	return body, nil
+}
+
+func inflate(body io.Reader, limit int64, f form) ([]byte, error) {
+	if !f.gzip {
+		return io.ReadAll(body)
+	}
+	unzip, err := gzip.NewReader(body)
 	if errors.Is(err, io.EOF) {
 		return nil, nil // empty
 	}
 	if err != nil {
 		return nil, err
 	}
-	body, err := io.ReadAll(io.LimitReader(inflate, limit+1))
-	if err == nil && int64(len(body)) > limit {
+	plain, err := io.ReadAll(io.LimitReader(unzip, limit+1))
+	if err == nil && int64(len(plain)) > limit {
 		err = &http.MaxBytesError{Limit: limit}
 	}
-	return body, err
+	return plain, err
 }
 
 // decodeSync decodes a body. Exact repeats of ops are dropped after decoding, so the

@@ -1,7 +1,9 @@
 package gateway
 
 import (
+	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 
 	"github.com/topgun-sync/topgun/core/hlc"
@@ -146,4 +148,29 @@ func TestNothingFallsBetween(t *testing.T) {
 		}
 	}
 	<-done
+}
+
+// What makes the above more than luck: a map is watched before anything of it is read.
+func TestWatchedBeforeRead(t *testing.T) {
+	var unwatched atomic.Int32
+	b := setup(t, nil, func(b *bench) {
+		b.partition.before = func(_ context.Context, method string) error {
+			if method != "Since" && method != "Leaves" {
+				return nil
+			}
+			b.fanout.mu.Lock()
+			defer b.fanout.mu.Unlock()
+			for _, s := range b.fanout.streams {
+				if !s.maps["m"] {
+					unwatched.Add(1)
+				}
+			}
+			return nil
+		}
+	})
+	b.hello(t).synced("m", 0)
+	b.hello(t).synced("m", 1<<50)
+	if n := unwatched.Load(); n != 0 {
+		t.Errorf("%d reads of a map that was not watched", n)
+	}
 }

@@ -36,8 +36,6 @@ type opLine struct {
 	bytes   int
 	// tail is closed when every batch so far is answered; nil if none is unanswered.
 	tail chan struct{}
-	// broken: a batch could not be applied, so that nothing after it may be acked.
-	broken bool
 }
 
 func (l *opLine) idle() bool { return l.running == 0 && len(l.waiting) == 0 }
@@ -91,7 +89,7 @@ func levelRank(level string) int { return max(0, slices.Index(levelNames[:], lev
 func (s *session) startBatchLocked(b *opBatch) {
 	s.ops.running++
 	if !s.spawnLocked(func() { s.apply(b) }) {
-		s.finishLocked(b, false)
+		s.finishLocked(b)
 	}
 }
 
@@ -108,11 +106,11 @@ func (s *session) apply(b *opBatch) {
 	}
 	answered := s.answer(b, results)
 	span.SetAttributes(attribute.Bool("topgun.answered", answered))
-	span.End()
 	s.k.meters.acked(s.k.now().Sub(b.received))
+	span.End()
 
 	s.mu.Lock()
-	s.finishLocked(b, answered)
+	s.finishLocked(b)
 	leave := s.leaving && s.ops.idle()
 	s.mu.Unlock()
 	if leave {
@@ -129,17 +127,16 @@ func (s *session) apply(b *opBatch) {
 	}
 }
 
-// finishLocked ends a batch that was started, and starts the next one. Once one was
-// not answered, those that wait end too: they could not be acked.
-func (s *session) finishLocked(b *opBatch, answered bool) {
+// finishLocked ends a batch that was started, and starts the next one. Once the session
+// closes, those that wait end too: nothing of them was sent, and they cannot be acked.
+func (s *session) finishLocked(b *opBatch) {
 	s.ops.running--
 	s.endLocked(b)
-	s.ops.broken = s.ops.broken || !answered
-	for len(s.ops.waiting) > 0 && (s.ops.broken || s.ops.running < s.k.cfg.MaxInFlight) {
+	for len(s.ops.waiting) > 0 && (s.closing != nil || s.ops.running < s.k.cfg.MaxInFlight) {
 		next := s.ops.waiting[0]
 		s.ops.waiting[0] = nil
 		s.ops.waiting = s.ops.waiting[1:]
-		if s.ops.broken {
+		if s.closing != nil {
 			s.endLocked(next)
 			continue
 		}
@@ -161,7 +158,8 @@ func (s *session) endLocked(b *opBatch) {
 }
 
 // answer sends what a batch's results call for, and reports whether the batch is done
-// with. Every earlier batch is answered.
+// with. Every earlier batch is answered, or the session closes: then nothing is sent any
+// more, so that no ack follows a batch that got none.
 //
 // What the writer must know comes before the ack, because the ack makes the client
 // forget its ops: the winner for an op that lost or got another stamp (PROTOCOL 22.4),
@@ -175,12 +173,6 @@ func (s *session) endLocked(b *opBatch) {
 // The level that was reached is known with the receipts, and no higher one is waited
 // for: a client that asked for more is told which it got (ACK-03).
 func (s *session) answer(b *opBatch, results []opResult) bool {
-	s.mu.Lock()
-	broken := s.ops.broken
-	s.mu.Unlock()
-	if broken {
-		return false
-	}
 	done := slices.IndexFunc(results, func(r opResult) bool { return r.status == opUnavailable })
 	if done < 0 {
 		return s.acknowledge(b.ops, results)

@@ -171,7 +171,7 @@ func TestInFlightBound(t *testing.T) {
 		defer close(sent)
 		for i := range batches {
 			_, _ = p.conn.Write(masked(0x2, true, (&wire.OpBatch{Ops: []wire.Op{
-				putOp(strconv.Itoa(i+1), "m", "k", value, stamp(uint64(i + 1))),
+				putOp(strconv.Itoa(i+1), "m", "k", value, stamp(uint64(i+1))),
 			}}).AppendTo(nil)))
 		}
 	}()

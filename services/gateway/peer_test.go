@@ -14,6 +14,9 @@ import (
 	"time"
 
 	"github.com/gobwas/ws"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/keyspace"
@@ -34,6 +37,8 @@ type bench struct {
 	url       string // of the WebSocket
 	stop      func() // stops the service and waits for it
 	log       *logBuffer
+	metrics   *sdkmetric.ManualReader
+	spans     *tracetest.SpanRecorder
 }
 
 // logBuffer collects log lines.
@@ -66,10 +71,14 @@ func setup(t testing.TB, change func(*Config), prepare func(*bench)) *bench {
 	}
 	b := &bench{fanout: newFakeFanout(), log: &logBuffer{}}
 	b.partition = newFakePartition(b.fanout)
+	b.metrics = sdkmetric.NewManualReader()
+	b.spans = tracetest.NewSpanRecorder()
 	service, err := New(cfg, Deps{
 		Partition: b.partition.client(),
 		Fanout:    b.fanout.client(),
 		Logger:    slog.New(slog.NewTextHandler(b.log, nil)),
+		Meter:     sdkmetric.NewMeterProvider(sdkmetric.WithReader(b.metrics)).Meter("test"),
+		Tracer:    sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(b.spans)).Tracer("test"),
 	})
 	if err != nil {
 		t.Fatalf("New: %v", err)
@@ -286,6 +295,5 @@ func rootOf(records map[string]hlc.Timestamp, combine merkle.Combine) uint32 {
 	}
 	return merkle.NewTree(&leaves, combine).Root()
 }
-
 
 func shardOf(key string) int { return keyspace.ShardOf(key, 4) }

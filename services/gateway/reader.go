@@ -49,7 +49,6 @@ type frameReader struct {
 	large   *[largeRead]byte // borrowed while it has unread bytes
 	unread  []byte           // in small, in large, or what came with the handshake
 	full    bool             // the last read filled its buffer: more is there
-	began   bool             // part of a message has been taken
 	state   ws.State
 	message []byte
 	head    [ws.MaxHeaderSize]byte
@@ -83,8 +82,12 @@ func (r *frameReader) next(limit int, control func(op ws.OpCode, payload []byte)
 			if err := r.readControl(h, control); err != nil {
 				return nil, 0, err
 			}
-			if !r.state.Fragmented() {
-				r.pass()
+			if r.state.Fragmented() {
+				continue
+			}
+			r.pass()
+			if err := r.fill(); err != nil { // not amid a message any more
+				return nil, 0, err
 			}
 			continue
 		}
@@ -117,7 +120,6 @@ func (r *frameReader) next(limit int, control func(op ws.OpCode, payload []byte)
 
 // pass notes that no message is under way.
 func (r *frameReader) pass() {
-	r.began = false
 	if r.by.Load() != 0 {
 		r.by.Store(0)
 	}
@@ -191,17 +193,33 @@ func (r *frameReader) grow(n int) error {
 	return nil
 }
 
-// Read serves the header and payload reads from what has arrived, and waits for more
-// only when all of it is taken.
+// fill waits until something has arrived. It is where an idle session waits.
+func (r *frameReader) fill() error {
+	if len(r.unread) > 0 {
+		return nil
+	}
+	r.lend(false)
+	n, err := r.conn.Read(r.small[:])
+	if n == 0 {
+		return lostBy(err)
+	}
+	r.took()
+	r.full = n == len(r.small)
+	r.unread = r.small[:n]
+	return nil
+}
+
+// Read serves the header and payload reads of a message that has begun from what has
+// arrived, and waits for more only when all of it is taken.
 func (r *frameReader) Read(p []byte) (int, error) {
 	if len(r.unread) == 0 {
-		if r.began && len(p) >= directRead {
-			r.lend(false)
+		if len(p) >= directRead {
 			r.full = false
+			r.lend(false)
 			return r.wait(p)
 		}
 		into := r.small[:]
-		if r.lend(r.began && (r.full || len(p) > smallRead)); r.large != nil {
+		if r.lend(r.full || len(p) > smallRead); r.large != nil {
 			into = r.large[:]
 		}
 		n, err := r.wait(into)
@@ -213,7 +231,6 @@ func (r *frameReader) Read(p []byte) (int, error) {
 	}
 	n := copy(p, r.unread)
 	r.unread = r.unread[n:]
-	r.began = true
 	return n, nil
 }
 
@@ -230,24 +247,35 @@ func (r *frameReader) lend(want bool) {
 	r.large = nil
 }
 
-// wait reads from the connection, keeping the deadline of a message under way.
+// wait reads from the connection amid a message, keeping its deadline.
 func (r *frameReader) wait(p []byte) (int, error) {
-	if r.began && r.by.Load() == 0 {
+	if r.by.Load() == 0 {
 		r.by.Store(r.now().Add(r.patience).UnixNano())
 		r.progress = 0
 	}
 	n, err := r.conn.Read(p)
 	if n == 0 {
-		if errors.Is(err, io.EOF) || err == nil {
-			err = peerClosed{ws.StatusAbnormalClosure}
-		}
-		return 0, err
+		return 0, lostBy(err)
 	}
-	now := r.now()
-	r.seen.Store(now.UnixNano())
-	if r.progress += n; r.began && r.progress >= firstGrant {
+	now := r.took()
+	if r.progress += n; r.progress >= firstGrant {
 		r.by.Store(now.Add(r.patience).UnixNano())
 		r.progress = 0
 	}
 	return n, nil
+}
+
+// took notes that something arrived.
+func (r *frameReader) took() time.Time {
+	now := r.now()
+	r.seen.Store(now.UnixNano())
+	return now
+}
+
+// lostBy is the end of a connection that a read of nothing found.
+func lostBy(err error) error {
+	if err == nil || errors.Is(err, io.EOF) {
+		return peerClosed{ws.StatusAbnormalClosure}
+	}
+	return err
 }

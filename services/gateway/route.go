@@ -153,7 +153,7 @@ func newRouter(clients []partitionv1connect.PartitionServiceClient, limits route
 		cancel: cancel,
 	}
 	for i, client := range clients {
-		r.peers = append(r.peers, &peer{router: r, index: i, client: client})
+		r.peers = append(r.peers, &peer{router: r, index: i, client: client, busy: make(map[line]bool)})
 	}
 	return r
 }
@@ -171,9 +171,10 @@ func (r *router) close() {
 // whether they were applied is not known, and the client must send them again.
 //
 // origin names the session and is at most 128 bytes; traceParent is a W3C
-// traceparent or empty. The ops of one call to one shard are merged in their
-// order; between two calls only if the second is made after the first returned.
-// The bytes of ops must never change after the call: a call that is abandoned may
+// traceparent or empty. The ops of one origin to one shard are merged in their order,
+// also those of a call that was made while an earlier one was waiting; only ops that
+// must be sent again may come behind later ones, which merging makes harmless. The
+// bytes of ops must never change after the call: a call that is abandoned may
 // still be carrying them.
 func (r *router) Apply(ctx context.Context, origin, traceParent string, ops []wire.Op) []opResult {
 	results := make([]opResult, len(ops))

@@ -200,6 +200,57 @@ func TestApplyKeepsOrderWithinShard(t *testing.T) {
 	}
 }
 
+// TestApplyKeepsOrderOfPipelinedCalls: a session's batches that wait together do not
+// overtake each other, and do not hold up those of others.
+func TestApplyKeepsOrderOfPipelinedCalls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOwner(nil)
+		open := make(chan struct{})
+		o.before = func(_ context.Context, method string) error {
+			if method == "Apply" {
+				<-open
+			}
+			return nil
+		}
+		r := newTestRouter(t, nil, o)
+		if _, err := r.learn(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for i := range 5 {
+			wg.Go(func() { r.Apply(t.Context(), "s", "", []wire.Op{put("1", "m", "k", "v", uint64(i+1))}) })
+			synctest.Wait() // so that they are queued in this order
+		}
+		if n := len(o.applied()); n != 1 {
+			t.Errorf("%d calls carry ops of one line at once", n)
+		}
+		wg.Go(func() { r.Apply(t.Context(), "other", "", []wire.Op{put("1", "m", "k2", "v", 1)}) })
+		synctest.Wait()
+		if n := len(o.applied()); n != 2 {
+			t.Errorf("another session waits for the line: %d calls", n)
+		}
+		close(open)
+		wg.Wait()
+		r.close() // so that the pumps have ended
+		last := uint64(0)
+		for _, request := range o.applied() {
+			for _, shard := range request.Shards {
+				for _, op := range shard.Ops {
+					if shard.Origin == "s" {
+						if op.Record.Timestamp.Millis != last+1 {
+							t.Errorf("op %d after op %d", op.Record.Timestamp.Millis, last)
+						}
+						last = op.Record.Timestamp.Millis
+					}
+				}
+			}
+		}
+		if last != 5 || len(r.peers[0].busy) != 0 || r.peers[0].calls != 0 {
+			t.Errorf("last op %d, %d busy lines, %d calls", last, len(r.peers[0].busy), r.peers[0].calls)
+		}
+	})
+}
+
 // TestApplyBatchesAcrossCallers: what arrives while calls are in flight shares the
 // next one.
 func TestApplyBatchesAcrossCallers(t *testing.T) {
@@ -335,8 +386,8 @@ func TestApplyGivesUpWhenTheCallerDoes(t *testing.T) {
 	})
 }
 
-// TestApplyOwnerHangs: a caller is not held by an owner that never answers, and the
-// queue's room comes back.
+// TestApplyQueueIsBounded: who finds the queue full waits and gives up in time, and
+// the room in the queue comes back.
 func TestApplyQueueIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := newOwner(nil)

@@ -167,6 +167,10 @@ func (s *Service) Handler() http.Handler {
 		header.Set("Cache-Control", "no-store")
 		header.Set("Referrer-Policy", "no-referrer")
 		header.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+		// Every body has to arrive in time, also one that nobody reads: net/http reads
+		// on to its end after the answer. A socket's deadline is in real time, whatever
+		// the clock of the room is; an upgrade clears it.
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(s.cfg.BodyTimeout))
 		// URLs end up in logs and histories, so a token there is refused even if it
 		// is good (RELIABILITY 4).
 		if tokenInQuery(r) {

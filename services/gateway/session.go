@@ -144,7 +144,14 @@ func (s *session) serve() {
 	if !s.ready {
 		s.send(urgent, &wire.AuthRequired{})
 	}
-	reason := s.read()
+	s.end(s.read())
+}
+
+// end closes the connection and waits for what the session started. It is apart from
+// serve so that its variables do not lie on the stack of every idle session.
+//
+//go:noinline
+func (s *session) end(reason closeReason) {
 	s.reader.release()
 	s.beginClose(reason)
 	s.discard()
@@ -165,32 +172,48 @@ func (s *session) serve() {
 	s.wg.Wait()
 }
 
-// read handles messages until the session is to end, and says why.
+// read handles messages until the session is to end, and says why. An idle session
+// waits in fill, few calls deep: the runtime gives a goroutine that is found with most
+// of its stack unused a smaller one, and for an idle session the stack is what it costs.
 func (s *session) read() closeReason {
 	for {
-		limit := s.k.cfg.MaxMessageBytes
-		s.mu.Lock()
-		if !s.ready {
-			limit = s.k.cfg.MaxPreAuthMessageBytes
-		}
-		s.mu.Unlock()
-		message, held, err := s.reader.next(limit, s.control)
+		err := s.reader.fill()
 		if err == nil {
-			err = s.handle(message, held)
+			err = s.readMessage()
 		}
-		if err == nil {
-			continue
+		if err != nil {
+			return reasonOf(err)
 		}
-		var reason closeReason
-		var peer peerClosed
-		switch {
-		case errors.As(err, &reason):
-			return reason
-		case errors.As(err, &peer):
-			return closeReason{peer.code, peer.Error()} // answered with the same code
-		}
-		return closeLost // a socket error, or the deadline that beginClose set
 	}
+}
+
+// readMessage takes the next message and handles it.
+//
+//go:noinline
+func (s *session) readMessage() error {
+	limit := s.k.cfg.MaxMessageBytes
+	s.mu.Lock()
+	if !s.ready {
+		limit = s.k.cfg.MaxPreAuthMessageBytes
+	}
+	s.mu.Unlock()
+	message, held, err := s.reader.next(limit, s.control)
+	if err != nil {
+		return err
+	}
+	return s.handle(message, held)
+}
+
+func reasonOf(err error) closeReason {
+	var reason closeReason
+	var peer peerClosed
+	switch {
+	case errors.As(err, &reason):
+		return reason
+	case errors.As(err, &peer):
+		return closeReason{peer.code, peer.Error()} // answered with the same code
+	}
+	return closeLost // a socket error, or the deadline that beginClose set
 }
 
 // control handles WebSocket pings and pongs.

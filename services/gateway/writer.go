@@ -271,6 +271,10 @@ func (s *session) write() {
 func (s *session) takeFrames(bufs net.Buffers) (_ net.Buffers, last, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.out.lost {
+		s.out.writing = false
+		return nil, false, false
+	}
 	size := 0
 	for l := range s.out.lanes {
 		queue := s.out.lanes[l]
@@ -295,7 +299,7 @@ func (s *session) takeFrames(bufs net.Buffers) (_ net.Buffers, last, ok bool) {
 		bufs = append(bufs, s.out.last)
 		return bufs, true, true
 	}
-	if len(bufs) == 0 || s.out.lost {
+	if len(bufs) == 0 {
 		s.out.writing = false
 		return nil, false, false
 	}

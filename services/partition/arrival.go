@@ -19,8 +19,6 @@ func (a arrival) compare(b arrival) int {
 	return cmp.Compare(a.counter, b.counter)
 }
 
-func (a arrival) isZero() bool { return a == arrival{} }
-
 func latest(a, b arrival) arrival {
 	if a.compare(b) < 0 {
 		return b

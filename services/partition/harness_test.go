@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -31,7 +32,13 @@ import (
 	"github.com/topgun-sync/topgun/services/internal/commitlog"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// Enough for every commit; -rapid.checks asks for more.
+	if err := flag.Set("rapid.checks", "30"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const shardCount = 4
 
@@ -354,7 +361,7 @@ func (n *node) tryApply(ctx context.Context, ops ...*partitionv1.Op) ([]*partiti
 	return receipts, nil
 }
 
-// outcomes1 is the outcomes of receipts as words.
+// outcomeWords is the outcomes of receipts as words.
 func outcomeWords(receipts []*partitionv1.Receipt) string {
 	words := make([]string, len(receipts))
 	for i, r := range receipts {

@@ -144,11 +144,15 @@ func (s *Service) begin(ctx context.Context, a *active, c *call, ops *partitionv
 func (s *Service) end(ctx context.Context, c *call) (*partitionv1.ShardReceipt, error) {
 	defer c.span.End()
 	if err := c.shard.await(ctx, c.done); err != nil {
-		if errors.Is(err, errStopped) {
-			return s.refuse(partitionv1.Refusal_REFUSAL_UNAVAILABLE, 0), nil
+		if !c.group.turn.Swap(true) { // the shard has not begun, and will not
+			s.room.Release(c.group.held)
+			c.span.SetStatus(codes.Error, "refused")
+			if errors.Is(err, errStopped) {
+				return s.refuse(partitionv1.Refusal_REFUSAL_UNAVAILABLE, 0), nil
+			}
+			return s.refuse(partitionv1.Refusal_REFUSAL_OVERLOADED, retryBusy), nil
 		}
-		c.span.SetStatus(codes.Error, "unknown")
-		return nil, errUnknown.WithCause(err)
+		<-c.done
 	}
 	if c.group.overloaded {
 		return s.refuse(partitionv1.Refusal_REFUSAL_OVERLOADED, retryFull), nil

@@ -229,12 +229,12 @@ func (s *Service) serve(ctx context.Context, a *active) error {
 	select {
 	case err = <-ended:
 		s.phase.Store(&phase{reason: err})
+		defer time.AfterFunc(s.config.StopTimeout, cancel).Stop()
 		close(stop)
 		shards.Wait()
 	case <-ctx.Done():
 		s.phase.Store(&phase{reason: errStopping})
-		timer := time.AfterFunc(s.config.StopTimeout, cancel)
-		defer timer.Stop()
+		defer time.AfterFunc(s.config.StopTimeout, cancel).Stop()
 		close(stop)
 		shards.Wait()
 		a.lane.close()

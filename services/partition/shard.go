@@ -63,6 +63,11 @@ type group struct {
 	held   int64 // of the lane's room
 	span   trace.SpanContext
 
+	// turn decides between the shard, which begins to merge, and a caller that gives
+	// up before: whoever sets it first. A caller that lost waits; the ops' bytes are
+	// its own again only when the shard is done with them.
+	turn atomic.Bool
+
 	overloaded bool    // nothing was merged
 	batch      *batch  // what the answer waits for
 	arrival    arrival // of the newest change, or a reading of the clock
@@ -114,7 +119,10 @@ func (s *shard) run(stop <-chan struct{}) {
 		case task := <-s.inbox:
 			task()
 		case <-timer.C:
-			s.expire()
+			if !s.expire() {
+				timer.Reset(expiryRetry)
+				continue
+			}
 		case <-stop:
 			for {
 				select {
@@ -162,6 +170,9 @@ func (s *shard) await(ctx context.Context, done <-chan struct{}) error {
 
 // apply merges a group and hands what changed to the lane.
 func (s *shard) apply(g *group) {
+	if g.turn.Swap(true) {
+		return // its caller gave up
+	}
 	if s.lane.full() {
 		g.overloaded = true
 		s.lane.room.Release(g.held)
@@ -205,7 +216,7 @@ func (s *shard) merge(o *op, wall uint64, origin string) {
 		}
 	}
 	if o.record.Timestamp.Millis > wall+uint64(hlc.MaxDrift.Milliseconds()) {
-		s.restamp(o, t, e, local, wall)
+		s.restamp(o, local, wall)
 		return
 	}
 	switch lwwmap.Decide(local, o.record) {
@@ -225,7 +236,7 @@ func (s *shard) merge(o *op, wall uint64, origin string) {
 // the shard's own. The stamp is the wall clock's, not the arrival's, which may be
 // ahead after the wall clock was set back (CLK-02, CLK-03). Win or lose, the record
 // remembers the original, so that the op sent again later does not win then.
-func (s *shard) restamp(o *op, t *table, e *entry, local *lwwmap.Record, wall uint64) {
+func (s *shard) restamp(o *op, local *lwwmap.Record, wall uint64) {
 	original := o.record.Timestamp
 	r := o.record
 	r.Timestamp = hlc.Timestamp{Millis: wall, NodeID: s.nodeID}
@@ -235,7 +246,7 @@ func (s *shard) restamp(o *op, t *table, e *entry, local *lwwmap.Record, wall ui
 	if local != nil && lwwmap.Decide(local, r) != lwwmap.Applied {
 		r = *local
 	}
-	e = s.store(o.table, o.key, o.hash, r, original, wall, "")
+	e := s.store(o.table, o.key, o.hash, r, original, wall, "")
 	o.outcome, o.winner = restamped, e.record()
 }
 
@@ -268,9 +279,14 @@ func (s *shard) store(name string, key []byte, hash uint32, r lwwmap.Record, ori
 }
 
 // expire turns records whose time is over into tombstones (PROTOCOL 22.5, CRDT-05).
-func (s *shard) expire() {
-	if s.lane.full() {
-		return
+// It returns false if the lane has no room for them at present.
+func (s *shard) expire() bool {
+	if len(s.expiry) == 0 {
+		return true
+	}
+	const held = maxExpiries * opOverhead
+	if s.lane.full() || !s.lane.room.TryAcquire(held) {
+		return false
 	}
 	wall := wallMillis(s.now())
 	s.changes = s.changes[:0]
@@ -278,19 +294,19 @@ func (s *shard) expire() {
 		t, e := s.expiry[0].table, s.expiry[0].entry
 		s.store(t.name, []byte(e.key), e.hash, e.record().Expire(), hlc.Timestamp{}, wall, "")
 	}
-	if len(s.changes) > 0 {
-		s.last = s.lane.add(s.id, s.changes, 0, trace.SpanContext{})
-		clear(s.changes)
+	if len(s.changes) == 0 {
+		s.lane.room.Release(held)
+		return true
 	}
+	s.last = s.lane.add(s.id, s.changes, held, trace.SpanContext{})
+	clear(s.changes)
+	return true
 }
 
 // nextExpiry is how long the shard may sleep.
 func (s *shard) nextExpiry() time.Duration {
 	if len(s.expiry) == 0 {
 		return maxExpiryWait
-	}
-	if s.lane.full() {
-		return expiryRetry
 	}
 	at, wall := s.expiry[0].at, wallMillis(s.now())
 	if at < wall {

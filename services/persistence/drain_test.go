@@ -176,6 +176,33 @@ func TestCoalesces(t *testing.T) {
 	})
 }
 
+// TestCoalescingFollowsTheStoresRule puts states that do not replace what came
+// before into one batch, and into two: the result must be the same.
+func TestCoalescingFollowsTheStoresRule(t *testing.T) {
+	for _, apart := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			log, store := newFakeLog(), newFakeStore()
+			older := change("stamp", "lost", 8)
+			older.Arrival.Millis = 20
+			for _, changes := range [][]*typesv1.Change{
+				{change("stamp", "kept", 9), change("arrival", "kept", 9)},
+				{older, change("arrival", "lost", 8)},
+			} {
+				log.append("a", changes...)
+				if apart {
+					_, stop := start(t, config(), persistence.Deps{Store: store, Log: log})
+					synctest.Wait()
+					stop()
+				}
+			}
+			_, stop := start(t, config(), persistence.Deps{Store: store, Log: log})
+			synctest.Wait()
+			stop()
+			wantContent(t, store, "arrival:kept stamp:kept", "history/a:2")
+		})
+	}
+}
+
 // TestPG04StoreAway keeps the store away from the start for minutes.
 func TestPG04StoreAway(t *testing.T) {
 	for _, away := range []error{persistence.ErrUnavailable, persistence.ErrRefused} {

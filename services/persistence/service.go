@@ -135,14 +135,14 @@ func (s *Service) setTrouble(ctx context.Context, trouble error) {
 	s.mu.Lock()
 	before := s.trouble
 	s.trouble = trouble
-	if trouble != before {
+	if trouble != nil || before != nil {
 		s.wake()
 	}
 	s.mu.Unlock()
 	switch {
 	case errors.Is(trouble, errHalted):
 		s.logger.ErrorContext(ctx, "the drain has halted; nothing more is stored until an operator has looked", "error", trouble)
-	case trouble != nil && (before == nil || before == errStarting):
+	case trouble != nil && (before == nil || errors.Is(before, errStarting)):
 		s.logger.WarnContext(ctx, "the log is not being stored", "error", trouble)
 	case trouble == nil && before != nil:
 		s.logger.InfoContext(ctx, "the log is being stored", "sequence", s.storedSequence())

@@ -72,7 +72,11 @@ func (s *Service) look(ctx context.Context, now time.Time, trim *trimmer) {
 		}
 	}
 	for lane, upTo := range trim.due(now, marks, s.config.TrimAge) {
-		if err := s.log.Trim(ctx, lane, upTo); err != nil {
+		err := s.log.Trim(ctx, lane, upTo)
+		if ctx.Err() != nil {
+			return // the rest has its turn next time
+		}
+		if err != nil {
 			s.logger.WarnContext(ctx, "trim the log", "lane", lane, "error", err)
 			continue
 		}

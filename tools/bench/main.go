@@ -109,7 +109,7 @@ func scenarios() []scenario {
 	}
 	return append(list,
 		scenario{"fan-out, memory", fanoutScenario},
-		scenario{"sync, memory", syncScenario},
+		scenario{"sync, sqlite", syncScenario},
 		scenario{"idle connections, memory", idleScenario},
 		scenario{"restart, sqlite", restartScenario},
 	)
@@ -123,7 +123,7 @@ func parse(args []string) (*bench, error) {
 	flags.StringVar(&only, "only", "", "regular expression of the scenarios to run: write, fan-out, sync, idle, restart")
 	flags.IntVar(&b.reps, "reps", 3, "repetitions")
 	flags.DurationVar(&b.duration, "duration", 2*time.Second, "length of one write measurement")
-	flags.DurationVar(&b.pause, "pause", 6*time.Second, "how long a client is away before it syncs again")
+	flags.DurationVar(&b.pause, "pause", 2*time.Second, "how long the server is left alone between loading, the first sync and the re-sync")
 	flags.IntVar(&b.connections, "connections", 50, "connections that write")
 	flags.IntVar(&b.records, "records", 100_000, "records of the sync and restart scenarios")
 	flags.IntVar(&b.idle, "idle", 1000, "idle connections")

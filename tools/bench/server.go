@@ -143,11 +143,14 @@ type memory struct {
 	heap     float64 // bytes of live objects and of stacks, after a collection
 }
 
-// memory forces a collection and measures.
+// memory forces a collection and measures. It takes two to empty the pools.
 func (s *server) memory(ctx context.Context) (memory, error) {
-	profile, err := get(ctx, s.operator+"/debug/pprof/heap?gc=1&debug=1")
-	if err != nil {
-		return memory{}, fmt.Errorf("collect the server's garbage: %w", err)
+	var profile string
+	for range 2 {
+		var err error
+		if profile, err = get(ctx, s.operator+"/debug/pprof/heap?gc=1&debug=1"); err != nil {
+			return memory{}, fmt.Errorf("collect the server's garbage: %w", err)
+		}
 	}
 	var m memory
 	for line := range strings.Lines(profile) {

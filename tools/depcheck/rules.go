@@ -120,17 +120,23 @@ func thirdParty(f file, imp string) string {
 }
 
 // protobuf keeps messages of the services' calls at the edge of a service: a
-// shard, a queue, a hub never see one. The log's and the shared messages are also
-// a storage format, and may be used where the log is written and read.
+// shard, a queue, a hub, a session never see one. Generated clients are the seam
+// between services and may stand anywhere. The messages of the log and of the bus
+// are also what is stored and broadcast, and may be used where that is done.
 func protobuf(f file, imp string) string {
-	if f.test || !under(imp, "gen") || underAny(imp, []string{"gen/go/topgun/log", "gen/go/topgun/types"}) {
+	if f.test || !under(imp, "gen") || strings.HasSuffix(imp, "connect") ||
+		underAny(imp, []string{"gen/go/topgun/log", "gen/go/topgun/types", "gen/go/topgun/fanout"}) {
 		return ""
 	}
-	// service.go names the generated clients in Deps and registers the handlers.
-	if slices.Contains([]string{"rpc.go", "route.go", "convert.go", "service.go"}, f.name) {
+	edge := []string{
+		"rpc.go", "operator.go", "check.go", // calls that come in
+		"route.go", "batch.go", "read.go", "replay.go", // calls that go out
+		"convert.go", // between the two worlds
+	}
+	if slices.Contains(edge, f.name) {
 		return ""
 	}
-	return "protobuf stops at rpc.go, route.go and convert.go"
+	return "protobuf stops at a service's edge: " + strings.Join(edge, ", ")
 }
 
 func ours(imp string) bool {

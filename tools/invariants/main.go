@@ -1,6 +1,7 @@
-// Command invariants holds INVARIANTS.md against the repository: every test that
-// an entry cites must exist, every file it names must exist, and the number of
-// entries without a test (NAKED) must not exceed the number in the file's head.
+// Command invariants holds INVARIANTS.md, and the guarantees in README.md, against
+// the repository: every test that they cite must exist, every file that an entry
+// names must exist, and the number of entries without a test (NAKED) must not
+// exceed the number in the head of INVARIANTS.md.
 //
 // It does not run the tests: `make test` does, and a test that is there fails
 // there.
@@ -47,7 +48,23 @@ func run(root fs.FS) (string, error) {
 		_, err := fs.Stat(root, path)
 		return err == nil
 	}
-	return catalogue.check(tests, exists)
+	summary, err := catalogue.check(tests, exists)
+	return summary, errors.Join(err, checkReadme(root, tests))
+}
+
+// checkReadme fails when the guarantees in README.md cite a test that is not there.
+func checkReadme(root fs.FS, tests map[string]bool) error {
+	text, err := fs.ReadFile(root, "README.md")
+	if err != nil {
+		return fmt.Errorf("read the guarantees: %w", err)
+	}
+	var wrong []error
+	for _, m := range regexp.MustCompile("`((?:Test|Fuzz)\\w+)").FindAllStringSubmatch(string(text), -1) {
+		if !tests[m[1]] {
+			wrong = append(wrong, fmt.Errorf("README.md cites %s, which is not a test of this repository", m[1]))
+		}
+	}
+	return errors.Join(wrong...)
 }
 
 // Status of an entry.

@@ -33,6 +33,7 @@ func TestRun(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			_, err := run(fstest.MapFS{
+				"README.md":      {Data: []byte("It holds: `TestAck/sub`.\n")},
 				"INVARIANTS.md":  {Data: []byte(c.text)},
 				"a/lane.go":      {Data: []byte("package a\n")},
 				"a/lane_test.go": {Data: []byte("package a\n\nfunc TestAck() {}\n\n// func TestCommented() {}\n")},
@@ -41,5 +42,17 @@ func TestRun(t *testing.T) {
 				t.Errorf("got %v, want an error with %q", err, c.want)
 			}
 		})
+	}
+}
+
+func TestRunReadsTheReadme(t *testing.T) {
+	t.Parallel()
+	_, err := run(fstest.MapFS{
+		"README.md":      {Data: []byte("It holds: `TestGone`.\n")},
+		"INVARIANTS.md":  {Data: []byte("NAKED entries allowed: 1\n| ACK-01 | One. | | | NAKED |\n")},
+		"a/lane_test.go": {Data: []byte("package a\n")},
+	})
+	if err == nil || !strings.Contains(err.Error(), "README.md cites TestGone") {
+		t.Errorf("got %v, want that README.md cites TestGone", err)
 	}
 }

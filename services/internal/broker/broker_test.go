@@ -1,14 +1,12 @@
 package broker_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"log/slog"
 	"net"
 	"os"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -175,6 +173,11 @@ func TestBadEmbeddedConfig(t *testing.T) {
 			t.Errorf("got %v, want %q", err, want)
 		}
 	}
+	first := start(t, broker.EmbeddedConfig{Memory: true, Listen: "127.0.0.1:0"})
+	taken := strings.TrimPrefix(first.ClientURL(), "nats://")
+	if _, err := broker.StartEmbedded(broker.EmbeddedConfig{Memory: true, Listen: taken}); err == nil || !strings.Contains(err.Error(), "address already in use") {
+		t.Errorf("a port that is taken: %v", err)
+	}
 	file := t.TempDir() + "/file"
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -188,8 +191,8 @@ func TestBadEmbeddedConfig(t *testing.T) {
 
 // The state of a connection is in the log, without the password.
 func TestConnectionLog(t *testing.T) {
-	var log safeBuffer
-	logger := slog.New(slog.NewTextHandler(&log, nil))
+	log := make(lines, 100)
+	logger := slog.New(slog.NewTextHandler(log, nil))
 	embedded := start(t, broker.EmbeddedConfig{Memory: true, Listen: "127.0.0.1:0"})
 	url := strings.Replace(embedded.ClientURL(), "nats://", "nats://user:hunter2@", 1)
 	nc, err := broker.Connect(t.Context(), url, "logged", logger)
@@ -200,31 +203,24 @@ func TestConnectionLog(t *testing.T) {
 	if err := nc.ForceReconnect(); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.Now().Add(10 * time.Second)
-	for !strings.Contains(log.String(), "broker connection restored") {
-		if time.Now().After(deadline) {
-			t.Fatalf("not in the log: %s", log.String())
+	all := ""
+	for !strings.Contains(all, "broker connection restored") {
+		select {
+		case line := <-log:
+			all += line
+		case <-time.After(10 * time.Second):
+			t.Fatalf("not in the log: %s", all)
 		}
-		time.Sleep(time.Millisecond)
 	}
-	if text := log.String(); strings.Contains(text, "hunter2") || !strings.Contains(text, "connection=logged") {
-		t.Errorf("logged %s", text)
+	if strings.Contains(all, "hunter2") || !strings.Contains(all, "connection=logged") {
+		t.Errorf("logged %s", all)
 	}
 }
 
-type safeBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
+// lines is a log that a test can wait for.
+type lines chan string
 
-func (s *safeBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *safeBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
+func (l lines) Write(p []byte) (int, error) {
+	l <- string(p)
+	return len(p), nil
 }

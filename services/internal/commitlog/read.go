@@ -15,8 +15,10 @@ import (
 )
 
 const (
-	// prefetchBytes bounds what a reader holds that its loop has not taken yet.
-	prefetchBytes = 16 << 20
+	// prefetchBytes and prefetchMessages bound what a reader holds that its loop has
+	// not taken yet.
+	prefetchBytes    = 16 << 20
+	prefetchMessages = 1000
 	// idleConsumer is how long the server remembers a reader that went away.
 	idleConsumer = time.Minute
 )
@@ -88,7 +90,7 @@ func (l *Log) messages(ctx context.Context, from uint64) (jetstream.MessagesCont
 	if err != nil {
 		return nil, fmt.Errorf("read the log: %w", err)
 	}
-	messages, err := consumer.Messages(jetstream.PullMaxBytes(prefetchBytes))
+	messages, err := consumer.Messages(jetstream.PullMaxMessagesWithBytesLimit(prefetchMessages, prefetchBytes))
 	if err != nil {
 		return nil, fmt.Errorf("read the log: %w", err)
 	}

@@ -79,10 +79,10 @@ func (e *edge) record(ctx context.Context, span trace.Span, procedure string, st
 
 // codeOf is connect.CodeOf, which does not know context errors.
 func codeOf(err error) connect.Code {
-	var ce *connect.Error
-	switch {
-	case errors.As(err, &ce):
+	if ce, ok := errors.AsType[*connect.Error](err); ok {
 		return ce.Code()
+	}
+	switch {
 	case errors.Is(err, context.Canceled):
 		return connect.CodeCanceled
 	case errors.Is(err, context.DeadlineExceeded):
@@ -145,8 +145,7 @@ func (e *serverEdge) mask(ctx context.Context, spec connect.Spec, err error) err
 		}
 		return connect.NewError(connect.CodeCanceled, "the call was canceled").WithCause(err)
 	}
-	var ce *connect.Error
-	if errors.As(err, &ce) && !ce.IsRemote() {
+	if ce, ok := errors.AsType[*connect.Error](err); ok && !ce.IsRemote() {
 		switch ce.Code() {
 		case connect.CodeInternal, connect.CodeUnknown, connect.CodeDataLoss:
 		default:
@@ -161,8 +160,7 @@ func (e *serverEdge) mask(ctx context.Context, spec connect.Spec, err error) err
 
 // describe is the text for the log: the error and, where it hides one, its cause.
 func describe(err error) string {
-	var ce *connect.Error
-	if errors.As(err, &ce) {
+	if ce, ok := errors.AsType[*connect.Error](err); ok {
 		if cause := ce.Unwrap(); cause != nil {
 			return err.Error() + ": " + cause.Error()
 		}
@@ -176,7 +174,7 @@ func describe(err error) string {
 func failStop(procedure string) {
 	if reason := recover(); reason != nil {
 		stack := debug.Stack()
-		go panic(fmt.Sprintf("%s: %v\n\n%s", procedure, reason, stack))
+		go panic(fmt.Sprintf("%s: %v\n\n%s", procedure, reason, stack)) //nolint:forbidigo // RES-05: fail-stop
 		select {}
 	}
 }

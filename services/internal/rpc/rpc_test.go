@@ -357,13 +357,28 @@ func TestRES05PanicEndsTheProcess(t *testing.T) {
 func TestMessageLimit(t *testing.T) {
 	f := fake{watch: func(*fanoutv1.WatchRequest) (*fanoutv1.WatchResponse, error) { return &fanoutv1.WatchResponse{}, nil }}
 	client := fanoutv1connect.NewFanoutServiceClient(dial(t, serve(t, f, rpc.Deps{}, nil), rpc.Deps{}))
-	_, err := client.Watch(t.Context(), &fanoutv1.WatchRequest{StreamId: strings.Repeat("x", 31<<20)})
-	if err != nil {
-		t.Errorf("a message below the limit: %v", err)
+	for size, want := range map[int]connect.Code{5 << 20: 0, 33 << 20: connect.CodeResourceExhausted} {
+		_, err := client.Watch(t.Context(), &fanoutv1.WatchRequest{StreamId: strings.Repeat("x", size)})
+		if (want == 0) != (err == nil) || (want != 0 && connect.CodeOf(err) != want) {
+			t.Errorf("%d bytes: %v, want %v", size, err, want)
+		}
 	}
-	_, err = client.Watch(t.Context(), &fanoutv1.WatchRequest{StreamId: strings.Repeat("x", 33<<20)})
-	if connect.CodeOf(err) != connect.CodeResourceExhausted {
-		t.Errorf("a message above the limit: %v, want resource_exhausted", err)
+}
+
+func BenchmarkInProcess(b *testing.B) {
+	request := &fanoutv1.WatchRequest{StreamId: "s"}
+	for n := range 64 {
+		request.Add = append(request.Add, fmt.Sprintf("%0100d", n))
+	}
+	server := rpc.NewServer(rpc.Deps{})
+	fanoutv1connect.RegisterFanoutServiceHandler(server, fake{watch: func(*fanoutv1.WatchRequest) (*fanoutv1.WatchResponse, error) {
+		return &fanoutv1.WatchResponse{}, nil
+	}})
+	client := fanoutv1connect.NewFanoutServiceClient(rpc.InProcess(server, rpc.Deps{}))
+	for b.Loop() {
+		if _, err := client.Watch(b.Context(), request); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
 

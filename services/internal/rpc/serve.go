@@ -37,9 +37,10 @@ func HTTPServer(handler http.Handler, logger *slog.Logger) *http.Server {
 }
 
 // Serve serves connections from listener until ctx ends. Then it stops accepting,
-// lets calls in flight finish for at most grace, cancels the contexts of those that
-// are left, and returns nil when all connections are closed. It returns an error
-// when listening fails. It owns listener and server.
+// lets calls in flight finish for at most grace, closes the connections of those that
+// are left, which cancels their contexts, and returns nil. Handlers that do not heed
+// their context may outlive it. It returns an error when listening fails. It owns
+// listener and server.
 func Serve(ctx context.Context, server *http.Server, listener net.Listener, grace time.Duration) error {
 	base, cancel := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), stoppingKey{}, ctx.Done()))
 	defer cancel()
@@ -56,10 +57,11 @@ func Serve(ctx context.Context, server *http.Server, listener net.Listener, grac
 	defer stop()
 	err := server.Shutdown(graceful)
 	if errors.Is(err, context.DeadlineExceeded) {
-		cancel()
 		err = server.Close()
 	}
-	<-served
+	if end := <-served; !errors.Is(end, http.ErrServerClosed) {
+		err = errors.Join(err, end)
+	}
 	if err != nil {
 		return fmt.Errorf("stop serving %s: %w", listener.Addr(), err)
 	}

@@ -101,8 +101,7 @@ func (s *Store) migrate(ctx context.Context, provider *goose.Provider) error {
 		return err
 	}
 	if _, err := provider.Up(ctx); err != nil {
-		var partial *goose.PartialError
-		if errors.As(err, &partial) {
+		if partial, ok := errors.AsType[*goose.PartialError](err); ok {
 			return partial.Err
 		}
 		return err

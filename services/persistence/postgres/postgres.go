@@ -120,11 +120,16 @@ func (s *Store) Load(ctx context.Context, partitions []int, watermarks func([]pe
 	for i, partition := range partitions {
 		wanted[i] = int16(partition)
 	}
-	rows, err := tx.Query(ctx, selectRecords, wanted)
+	reading, stop := context.WithCancel(ctx)
+	rows, err := tx.Query(reading, selectRecords, wanted)
 	if err != nil {
+		stop()
 		return classify(ctx, "load records", err)
 	}
+	// Close reads what is left, which may be millions of records after a caller went
+	// away; stop first, and it gives the connection up instead.
 	defer rows.Close()
+	defer stop()
 	for rows.Next() {
 		r, err := scanRecord(rows)
 		if err != nil {
@@ -328,7 +333,9 @@ func (s *Store) commit(ctx context.Context, batch persistence.Batch, c *columns)
 // rollback ends a transaction that was not committed. Its outcome does not
 // matter: a connection that cannot roll back is closed, which does the same.
 func rollback(ctx context.Context, tx pgx.Tx) {
-	_ = tx.Rollback(context.WithoutCancel(ctx))
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	_ = tx.Rollback(ctx)
 }
 
 type moves struct {

@@ -40,16 +40,29 @@ type Store struct {
 	write *sql.DB
 	// read has a few; in WAL mode they see a snapshot and block nobody.
 	read *sql.DB
+	// loads bounds the Loads that run at once, so that they never take the last
+	// connections from the drain. A further Load waits for its turn.
+	loads chan struct{}
 }
 
-// maxReaders bounds the Loads that run at once; a further one waits.
-const maxReaders = 4
+// The settings of connections. busy_timeout comes first, since switching to WAL
+// needs the lock as well; synchronous FULL makes a commit wait for the disk. A
+// batch of random keys touches a page for each: with the default cache of 2 MiB
+// they would be read again from the file, and with the default checkpoint at 1,000
+// pages each commit would write them twice.
+const (
+	writing = "_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)" +
+		"&_pragma=cache_size(-65536)&_pragma=wal_autocheckpoint(8000)&_txlock=immediate"
+	reading = "_pragma=busy_timeout(5000)&_pragma=query_only(1)"
+)
+
+// maxLoads is how many Loads run at once.
+const maxLoads = 4
 
 // Open opens the file at path, creates it if it is missing (its folder must
 // exist), and brings its tables to this program's version.
 func Open(ctx context.Context, path string) (*Store, error) {
-	// busy_timeout comes first: switching to WAL needs the lock as well.
-	write, err := open(path, "_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=cache_size(-65536)&_pragma=wal_autocheckpoint(8000)&_txlock=immediate")
+	write, err := open(path, writing)
 	if err != nil {
 		return nil, err
 	}
@@ -57,12 +70,12 @@ func Open(ctx context.Context, path string) (*Store, error) {
 	if err := migrate(ctx, write); err != nil {
 		return nil, errors.Join(err, write.Close())
 	}
-	read, err := open(path, "_pragma=busy_timeout(5000)&_pragma=query_only(1)")
+	read, err := open(path, reading)
 	if err != nil {
 		return nil, errors.Join(err, write.Close())
 	}
-	read.SetMaxOpenConns(maxReaders)
-	return &Store{write: write, read: read}, nil
+	read.SetMaxOpenConns(maxLoads + 2)
+	return &Store{write: write, read: read, loads: make(chan struct{}, maxLoads)}, nil
 }
 
 func open(path, options string) (*sql.DB, error) {
@@ -112,6 +125,12 @@ func (s *Store) Load(ctx context.Context, partitions []int, watermarks func([]pe
 	wanted, err := json.Marshal(partitions)
 	if err != nil {
 		return fmt.Errorf("load records: %w", err)
+	}
+	select {
+	case s.loads <- struct{}{}:
+		defer func() { <-s.loads }()
+	case <-ctx.Done():
+		return fmt.Errorf("wait for a turn to load: %w", ctx.Err())
 	}
 	// The snapshot begins with the first read and holds for both queries.
 	tx, err := s.read.BeginTx(ctx, nil)
@@ -277,7 +296,7 @@ func apply(ctx context.Context, tx *sql.Tx, batch persistence.Batch) (changed in
 		return 0, err
 	}
 	defer func() { _ = upsert.Close() }() // ends with the transaction anyway
-	// In key order the tree is written page by page.
+	// In the tree's order it is written page by page.
 	for _, r := range sorted(batch.Records) {
 		args, err := arguments(r)
 		if err != nil {
@@ -296,14 +315,25 @@ func apply(ctx context.Context, tx *sql.Tx, batch persistence.Batch) (changed in
 	return changed, nil
 }
 
-func sorted(records []persistence.Record) []persistence.Record {
-	return slices.SortedFunc(slices.Values(records), func(a, b persistence.Record) int {
-		return cmp.Or(strings.Compare(a.Map, b.Map), strings.Compare(a.Key, b.Key))
+// row is a record with its partition, which is a hash and worth taking once.
+type row struct {
+	persistence.Record
+	partition int
+}
+
+func sorted(records []persistence.Record) []row {
+	rows := make([]row, len(records))
+	for i, r := range records {
+		rows[i] = row{r, r.Partition()}
+	}
+	slices.SortFunc(rows, func(a, b row) int {
+		return cmp.Or(cmp.Compare(a.partition, b.partition), strings.Compare(a.Map, b.Map), strings.Compare(a.Key, b.Key))
 	})
+	return rows
 }
 
 // arguments are the values of a row in the order of upsertRecord.
-func arguments(r persistence.Record) ([]any, error) {
+func arguments(r row) ([]any, error) {
 	var keyText, valueJSON, expires, restamped any
 	if text, ok := r.KeyText(); ok {
 		keyText = text
@@ -327,7 +357,7 @@ func arguments(r persistence.Record) ([]any, error) {
 	}
 	stamp := r.State.Timestamp
 	return []any{
-		r.Map, []byte(r.Key), keyText, r.Partition(), value, valueJSON,
+		r.Map, []byte(r.Key), keyText, r.partition, value, valueJSON,
 		int64(stamp.Millis), int64(stamp.Counter), []byte(stamp.NodeID),
 		int64(r.Arrival.Millis), int64(r.Arrival.Counter),
 		r.State.Deleted(), int64(r.State.TTLMillis), expires, restamped,

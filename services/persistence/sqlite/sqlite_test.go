@@ -57,17 +57,17 @@ func TestPeopleCanReadEntries(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "topgun.db")
 	store := open(t, path)
 	defer store.Close()
-	make := func(key string, value []byte, ttl uint64) persistence.Record {
+	record := func(key string, value []byte, ttl uint64) persistence.Record {
 		return persistence.Record{Map: "todos", Key: key, State: lwwmap.Record{
 			Value: value, Timestamp: hlc.Timestamp{Millis: 1_700_000_000_123, NodeID: "node"}, TTLMillis: ttl,
 		}, Arrival: persistence.Arrival{Millis: 1}}
 	}
 	if _, err := store.Commit(t.Context(), batch(
-		make("milk", []byte("\x82\xa5title\xa4Milk\xa4done\xc2"), 0),
-		make("gone", nil, 0),
-		make("expired", []byte("\xa1x"), 1000),
-		make("lasts", []byte("\xa1x"), 1<<50),
-		make("\xff", []byte("\xc4\x01\x00"), 0),
+		record("milk", []byte("\x82\xa5title\xa4Milk\xa4done\xc2"), 0),
+		record("gone", nil, 0),
+		record("expired", []byte("\xa1x"), 1000),
+		record("lasts", []byte("\xa1x"), 1<<50),
+		record("\xff", []byte("\xc4\x01\x00"), 0),
 	)); err != nil {
 		t.Fatal(err)
 	}

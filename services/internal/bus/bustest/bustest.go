@@ -34,10 +34,11 @@ type Harness struct {
 	Overrun func(mapName string)
 }
 
-// oddNames are names that a careless subject would mix up.
+// oddNames are names that a careless subject would mix up; base64 tells aaa and aaG
+// apart by the case of one letter alone.
 var oddNames = []string{
 	"", " ", "a", "A", "a.b", "a.*", "a.>", ">", "*", "a b", "a\r\nb", "a\x00b", "$SYS", "_INBOX.x", "..", "ä", "日本",
-	"YQ", "=", "topgun.heartbeats", "topgun.events.a", "x/y", "x+y", "x_y", "x-y", strings.Repeat("n", 128),
+	"aaa", "aaG", "YQ", "=", "topgun.heartbeats", "topgun.events.a", "x/y", "x+y", "x_y", "x-y", strings.Repeat("n", 128),
 }
 
 // Run runs the suite. open is called once for each test and registers its own
