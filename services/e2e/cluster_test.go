@@ -23,8 +23,9 @@ type Cluster interface {
 	Roles() []string
 	// Kill ends a process with SIGKILL.
 	Kill(role string)
-	// Restart starts a process that has ended, and returns when it listens.
-	Restart(t testing.TB, role string)
+	// Restart starts processes that have ended, all at once, and returns when they
+	// listen.
+	Restart(t testing.TB, roles ...string)
 	// Stop asks every process to end, in the order an operator would, and returns
 	// the longest time that one of them took.
 	Stop(t testing.TB) time.Duration
@@ -107,16 +108,19 @@ func (g *group) role(name string) *process {
 
 func (g *group) Kill(role string) { g.role(role).kill() }
 
-func (g *group) Restart(t testing.TB, role string) {
+func (g *group) Restart(t testing.TB, roles ...string) {
 	t.Helper()
-	g.role(role).start(t)
+	for _, role := range roles {
+		g.role(role).launch(t)
+	}
+	for _, role := range roles { // one may wait for another before it listens
+		g.role(role).waitListening(t)
+	}
 }
 
 func (g *group) Start(t testing.TB) {
 	t.Helper()
-	for _, p := range g.processes {
-		p.start(t)
-	}
+	g.Restart(t, g.Roles()...)
 }
 
 func (g *group) Stop(t testing.TB) time.Duration {
@@ -134,6 +138,8 @@ func (g *group) run(t testing.TB) {
 	for _, p := range g.processes {
 		p.launch(t)
 		t.Cleanup(p.kill)
+	}
+	for _, p := range g.processes {
 		p.waitListening(t)
 	}
 }

@@ -58,13 +58,6 @@ var spawn = sync.OnceValue(func() func(*exec.Cmd) error {
 	}
 })
 
-// start runs the process and waits until it listens.
-func (p *process) start(t testing.TB) {
-	t.Helper()
-	p.launch(t)
-	p.waitListening(t)
-}
-
 // launch runs the process without waiting for it.
 func (p *process) launch(t testing.TB) {
 	t.Helper()

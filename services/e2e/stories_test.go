@@ -27,6 +27,9 @@ func TestStories(t *testing.T) {
 			{"one broken op in a batch", oneBrokenOpInABatch},
 			{"expiry becomes a tombstone", expiryBecomesATombstone},
 			{"a stamp an hour ahead", aStampAnHourAhead},
+			{"odd keys and values", oddKeysAndValues},
+			{"large values", largeValues},
+			{"many maps", manyMaps},
 			{"hostile input", hostileInput},
 			{"recorded session", func(t *testing.T, c Cluster) { replay(t, c, "session-minimal.json", "") }},
 		} {

@@ -14,8 +14,8 @@ import (
 // Config holds the gateway's settings. DefaultConfig gives every limit its
 // documented default; Validate says what is wrong with a changed one.
 type Config struct {
-	// GatewayID names the gateway to fanout, in logs, and as the node id of the
-	// clock readings that clients get: 1 to 128 of [a-z0-9-].
+	// GatewayID names the gateway to fanout, to operators and in the origins of its
+	// sessions: 1 to 128 of [a-z0-9-].
 	GatewayID string
 	// Listen is the address of the client port, host:port. The gateway does not
 	// open it; the address decides whether serving without authentication is safe

@@ -58,7 +58,7 @@ type meters struct {
 	ackLabels metric.MeasurementOption
 }
 
-func newMeters(meter metric.Meter, k *sockets) (*meters, error) {
+func newMeters(meter metric.Meter) (*meters, error) {
 	m := &meters{ackLabels: metric.WithAttributeSet(attribute.NewSet())}
 	var errs [5]error
 	var in, out, drops metric.Int64ObservableCounter

@@ -311,5 +311,5 @@ func (s *Service) watchOwners(ctx context.Context) {
 // clock is a reading of the gateway's clock for clients. It is never moved by what
 // clients send, so no client can drag others into the future (CLK-02).
 func (s *Service) clock() hlc.Timestamp {
-	return hlc.Timestamp{Millis: uint64(max(s.now().UnixMilli(), 0)), NodeID: s.cfg.GatewayID}
+	return hlc.Timestamp{Millis: uint64(max(s.now().UnixMilli(), 0)), NodeID: serverNode}
 }

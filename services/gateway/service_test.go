@@ -32,7 +32,7 @@ func TestConfigValidate(t *testing.T) {
 		"public, no-auth":           {func(c *Config) { c.Listen, c.NoAuth = ":8080", true }, ""},
 		"public with key":           {func(c *Config) { c.Listen, c.Auth.Secret = ":8080", testSecret }, ""},
 		"key and no-auth":           {func(c *Config) { c.Auth.Secret, c.NoAuth = testSecret, true }, "contradict"},
-		"short key":                 {func(c *Config) { c.Auth.Secret = "short" }, "at least 32"},
+		"half a PEM key":            {func(c *Config) { c.Auth.Secret = "-----BEGIN PUBLIC KEY-----\nAAAA" }, "whole PEM"},
 		"no port":                   {func(c *Config) { c.Listen = "127.0.0.1" }, "host:port"},
 		"id":                        {func(c *Config) { c.GatewayID = "a:b" }, "gateway id"},
 		"id empty":                  {func(c *Config) { c.GatewayID = "" }, "gateway id"},

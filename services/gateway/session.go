@@ -451,8 +451,7 @@ func (s *session) certainlyMixed() {
 // refuse answers a bad message, and ends the session after maxErrors of them.
 func (s *session) refuse(err error) error {
 	answer := &wire.ErrorMessage{Code: 400, Message: "BAD_MESSAGE: the message cannot be read"}
-	var bad *wire.Error
-	if errors.As(err, &bad) {
+	if bad, ok := errors.AsType[*wire.Error](err); ok {
 		answer = &wire.ErrorMessage{Code: bad.Code, Message: bad.Error()}
 	}
 	s.send(urgent, answer)

@@ -139,19 +139,19 @@ func (s *session) sendFrame(l lane, bytes []byte) {
 // sendReply queues a message on the lane of replies when there is room. It returns
 // false if the session ended meanwhile.
 func (s *session) sendReply(m wire.Message) bool {
-	return s.sendWaiting(replies, m)
-}
-
-// sendSync queues a message that belongs to a sync when there is room.
-func (s *session) sendSync(m wire.Message) bool {
-	return s.sendWaiting(bulk, m)
-}
-
-func (s *session) sendWaiting(l lane, m wire.Message) bool {
 	s.k.meters.sent(m)
-	return s.pushWaiting(l, compile(m))
+	return s.pushWaiting(replies, compile(m))
 }
 
+// sendSync queues a message that belongs to a sync when there is room, or drops it if
+// the session ended meanwhile.
+func (s *session) sendSync(m wire.Message) {
+	s.k.meters.sent(m)
+	s.pushWaiting(bulk, compile(m))
+}
+
+// pushWaiting queues a finished frame on replies or bulk, waiting for room. It returns
+// false if the session ended meanwhile.
 func (s *session) pushWaiting(l lane, bytes []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -123,7 +123,7 @@ func newSockets(cfg Config, deps socketDeps) (*sockets, error) {
 	k.trees = newForest(k)
 	k.hub = newHub(cfg.GatewayID, deps.fanout, deps.log, k.now)
 	var err error
-	if k.meters, err = newMeters(deps.meter, k); err != nil {
+	if k.meters, err = newMeters(deps.meter); err != nil {
 		return nil, err
 	}
 	return k, nil
@@ -415,7 +415,7 @@ func (k *sockets) randomBytes(b []byte) {
 	defer k.randMu.Unlock()
 	if _, err := io.ReadFull(k.random, b); err != nil {
 		// Going on would hand out guessable tokens; crypto/rand never fails.
-		panic("gateway: the random source failed: " + err.Error())
+		panic("gateway: the random source failed: " + err.Error()) //nolint:forbidigo // RES-05
 	}
 }
 

@@ -11,13 +11,7 @@ import (
 
 	fanoutv1 "github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1"
 	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
-)
-
-const (
-	// heartbeatPeriod and heartbeatMemory: how often a shard says where its maps
-	// are, and for how long after their last change.
-	heartbeatPeriod = time.Second
-	heartbeatMemory = time.Minute
+	"github.com/topgun-sync/topgun/services/internal/bus"
 )
 
 // publisher tells the bus what was logged. It has a goroutine of its own, so that
@@ -47,7 +41,7 @@ func newPublisher(events Events, lane string, shards int, now func() time.Time, 
 
 // run publishes batches in order, and heartbeats, until the channel is closed.
 func (p *publisher) run(ctx context.Context, logged <-chan *batch) {
-	ticker := time.NewTicker(heartbeatPeriod)
+	ticker := time.NewTicker(bus.HeartbeatPeriod)
 	defer ticker.Stop()
 	for {
 		select {
@@ -102,18 +96,17 @@ func (p *publisher) advance(shard int, c *typesv1.Change) uint64 {
 	return at.sequence
 }
 
-// heartbeat publishes where the recently changed maps of each shard are.
+// heartbeat publishes where the recently changed maps of each shard are. A shard at
+// rest sends it too: if its owner died between an append and the broadcast, the new
+// lane's name is the only sign of the loss (FAN-01).
 func (p *publisher) heartbeat(ctx context.Context) {
-	oldest := p.now().Add(-heartbeatMemory)
+	oldest := p.now().Add(-bus.HeartbeatMemory)
 	for shard, positions := range p.positions {
 		beat := &fanoutv1.Heartbeat{Shard: uint32(shard), Lane: p.lane}
 		for name, at := range positions {
 			if at.changed.After(oldest) {
 				beat.Maps = append(beat.Maps, &fanoutv1.MapSequence{Map: name, Sequence: at.sequence})
 			}
-		}
-		if len(beat.GetMaps()) == 0 {
-			continue
 		}
 		slices.SortFunc(beat.Maps, func(a, b *fanoutv1.MapSequence) int { return strings.Compare(a.GetMap(), b.GetMap()) })
 		if err := p.events.PublishHeartbeat(ctx, beat); err != nil {

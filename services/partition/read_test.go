@@ -107,8 +107,23 @@ func TestSYN01_PagesNeitherSkipNorRepeat(t *testing.T) {
 	for i := range count {
 		n.apply(put(fmt.Sprint("k", i), "v", 1, "a"))
 	}
-	for _, req := range []*partitionv1.SinceRequest{{Limit: 1}, {Limit: 7}, {Limit: 1000}, {MaxBytes: 1}, {MaxBytes: 50}} {
+	inShard := func(shard uint32) (n int) {
+		for i := range count {
+			if shardFor(fmt.Append(nil, "k", i)) == shard {
+				n++
+			}
+		}
+		return n
+	}
+	for _, req := range []*partitionv1.SinceRequest{
+		{Limit: 1}, {Limit: 7}, {Limit: 1000}, {MaxBytes: 1}, {MaxBytes: 50},
+		{Limit: 7, Shards: []uint32{2}}, {MaxBytes: 50, Shards: []uint32{3}},
+	} {
 		req.Map = "m"
+		count := count
+		if len(req.GetShards()) > 0 {
+			count = inShard(req.GetShards()[0])
+		}
 		var got []*typesv1.Change
 		for {
 			resp, err := n.Since(t.Context(), req)

@@ -2,6 +2,7 @@ package compose
 
 import (
 	"context"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -118,6 +119,7 @@ func TestComposeUsesFlagsThatExist(t *testing.T) {
 	bin := t.TempDir()
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "./cmd/...")
 	build.Dir = filepath.Join(root, "services")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as `make build`, so that it finds compiled packages
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the services: %v\n%s", err, out)
 	}

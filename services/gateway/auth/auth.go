@@ -39,7 +39,8 @@ var ErrToken = errors.New("token refused")
 // Config says which tokens are accepted. At most one of Secret and JWKSURL may be
 // set; with neither, no token is required.
 type Config struct {
-	// Secret is a shared HS256 secret of at least 32 bytes, or, when it begins with
+	// Secret is a shared HS256 secret, which should have 32 random bytes (RFC 7518
+	// 3.2; a shorter one works and is warned of), or, when it begins with
 	// -----BEGIN, a PEM public key: RSA (at least 2048 bits) for RS256, P-256 for
 	// ES256. Literal \n sequences in a PEM are newlines.
 	Secret string
@@ -144,6 +145,11 @@ func New(cfg Config, deps Deps) (*Verifier, error) {
 		method, key, err := parseSecret(cfg.Secret)
 		if err != nil {
 			return nil, err
+		}
+		if raw, ok := key.([]byte); ok && len(raw) < minSecretBytes {
+			// Refusing would lock out who moves here with tokens of another server.
+			deps.Logger.Warn("the JWT secret is short: who sees a token can search for it; "+
+				"use 32 random bytes, for example from openssl rand -base64 32", "bytes", len(raw))
 		}
 		v.static, methods = key, []string{method}
 	case cfg.JWKSURL != "":

@@ -306,6 +306,17 @@ func TestVerifyWithoutKeyIsAnonymous(t *testing.T) {
 	}
 }
 
+func TestShortSecretIsWarnedOf(t *testing.T) {
+	for length, want := range map[int]bool{31: true, 32: false} {
+		var lines bytes.Buffer
+		logger := slog.New(slog.NewTextHandler(&lines, nil))
+		must(New(Config{Secret: strings.Repeat("x", length)}, Deps{Logger: logger}))
+		if got := strings.Contains(lines.String(), "short"); got != want {
+			t.Errorf("%d bytes: warned %t, want %t", length, got, want)
+		}
+	}
+}
+
 func TestValidate(t *testing.T) {
 	small := must(rsa.GenerateKey(rand.Reader, 1024))
 	p384 := must(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
@@ -316,7 +327,7 @@ func TestValidate(t *testing.T) {
 	}{
 		"nothing":               {Config{}, ""},
 		"32 bytes":              {Config{Secret: strings.Repeat("x", 32)}, ""},
-		"31 bytes":              {Config{Secret: strings.Repeat("x", 31)}, "at least 32"},
+		"short secret":          {Config{Secret: "short"}, ""},
 		"cut PEM":               {Config{Secret: "-----BEGIN PUBLIC KEY-----\nAAAA"}, "whole PEM"},
 		"PEM of garbage":        {Config{Secret: string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: []byte("x")}))}, "cannot be read"},
 		"private key":           {Config{Secret: private}, "private key"},
