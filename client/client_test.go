@@ -600,6 +600,18 @@ func TestToken(t *testing.T) {
 			t.Error("an operation went out before authentication")
 		}
 	})
+	t.Run("wanted late", func(t *testing.T) {
+		s := newTestServer(t)
+		s.mute = true
+		c := open(t, s.wsURL(), "a")
+		must(t, c.WaitReady(within(t)))
+		s.locked(func() {
+			for session := range s.sessions {
+				session.send(&wire.AuthRequired{})
+			}
+		})
+		eventually(t, "the session ends", func() bool { _, err := c.State(); return errors.Is(err, errTokenWanted) })
+	})
 	t.Run("sent once", func(t *testing.T) {
 		s := newTestServer(t)
 		s.token = "good"

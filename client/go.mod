@@ -3,18 +3,13 @@ module github.com/topgun-sync/topgun/client
 go 1.26.0
 
 require (
+	github.com/coder/websocket v1.8.15
+	github.com/tinylib/msgp v1.6.5
 	github.com/topgun-sync/topgun/core v0.0.0
-	github.com/topgun-sync/topgun/gen v0.0.0
+	go.uber.org/goleak v1.3.0
 )
 
-require (
-	github.com/coder/websocket v1.8.15 // indirect
-	github.com/philhofer/fwd v1.2.0 // indirect
-	github.com/tinylib/msgp v1.6.5 // indirect
-	go.uber.org/goleak v1.3.0 // indirect
-	golang.org/x/mod v0.18.0 // indirect
-	golang.org/x/tools v0.22.0 // indirect
-)
+require github.com/philhofer/fwd v1.2.0 // indirect
 
 replace (
 	github.com/topgun-sync/topgun/core => ../core

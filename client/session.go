@@ -20,6 +20,8 @@ const (
 	maxFrame = 16 << 20
 )
 
+var errTokenWanted = errors.New("the server wants a token and Config.Token is nil")
+
 // session is one WebSocket connection.
 //
 // Three goroutines live as long as it does: read handles the server's frames in
@@ -182,7 +184,7 @@ func (s *session) authenticate(ctx context.Context, token string, accepted, park
 	case <-parked:
 	}
 	s.client.mu.Lock()
-	s.client.setState(AuthRequired, errors.New("the server wants a token and Config.Token is nil"))
+	s.client.setState(AuthRequired, errTokenWanted)
 	s.client.mu.Unlock()
 	select {
 	case <-accepted:
@@ -241,8 +243,12 @@ func (s *session) handle(msg wire.Message) error {
 	c := s.client
 	switch msg := msg.(type) {
 	case *wire.AuthRequired:
-		if !s.hasTok { // with one, AUTH went out already and is not repeated
-			s.parked()
+		if s.hasTok {
+			return nil // AUTH went out already and is not repeated
+		}
+		s.parked()
+		if state, _ := c.State(); state == Ready {
+			return errTokenWanted // we took its silence for consent; it has ignored what we sent
 		}
 		return nil
 	case *wire.AuthFail:

@@ -77,7 +77,7 @@ func threeOfAThousandDiffer(t *testing.T, c Cluster) {
 	for key, r := range m.Records() {
 		before.Merge(key, r)
 	}
-	b := open(t, webSocket(gateway(c, 1)), name+"-b", func(cfg *client.Config) { cfg.Maps = nil })
+	b := open(t, webSocket(gateway(c, 1)), name+"-b")
 	bm := b.Map(name)
 	must(t, bm.WaitSynced(within(t, deadline)))
 	changed := []string{"key-17", "key-500", "one more"}
