@@ -351,8 +351,16 @@ func TestPaths(t *testing.T) {
 		first, last int
 		ok          bool
 	}{
-		{"", 0, 4095, true}, {"8", 0x800, 0x8ff, true}, {"87", 0x870, 0x87f, true}, {"872", 0x872, 0x872, true},
-		{"fff", 4095, 4095, true}, {"8722", 0, 0, false}, {"F", 0, 0, false}, {"g", 0, 0, false}, {"8\x00", 0, 0, false}, {"é", 0, 0, false},
+		{"", 0, 4095, true},
+		{"8", 0x800, 0x8ff, true},
+		{"87", 0x870, 0x87f, true},
+		{"872", 0x872, 0x872, true},
+		{"fff", 4095, 4095, true},
+		{"8722", 0, 0, false},
+		{"F", 0, 0, false},
+		{"g", 0, 0, false},
+		{"8\x00", 0, 0, false},
+		{"é", 0, 0, false},
 	} {
 		first, last, ok := merkle.LeafRange(c.path)
 		if first != c.first || last != c.last || ok != c.ok {

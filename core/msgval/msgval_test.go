@@ -405,7 +405,15 @@ func TestFromJSON(t *testing.T) {
 		{strings.Repeat("[", 128) + strings.Repeat("]", 128), strings.Repeat("91", 127) + "90"},
 		{strings.Repeat("[", 129) + strings.Repeat("]", 129), ""},
 		{strings.Repeat("[", 100000), ""},
-		{"", ""}, {"[1", ""}, {"1 2", ""}, {"[1]]", ""}, {"{1:2}", ""}, {"1e999", ""}, {"\"\xff\"", ""}, {"nul", ""}, {"[,]", ""},
+		{"", ""},
+		{"[1", ""},
+		{"1 2", ""},
+		{"[1]]", ""},
+		{"{1:2}", ""},
+		{"1e999", ""},
+		{"\"\xff\"", ""},
+		{"nul", ""},
+		{"[,]", ""},
 	} {
 		got, err := msgval.FromJSON([]byte(c.in))
 		if c.want == "" {

@@ -65,9 +65,12 @@ var goodStamp = stamp(1700000000000.0, 1, "client-a")
 
 // opWith returns a good PUT with the fields of edit in place of its own.
 func opWith(edit ...any) pairs {
-	op := pairs{"mapName", "users", "opType", "PUT", "key", "alice",
-		"record", pairs{"value", pairs{"n", 1}, "timestamp", goodStamp},
-		"timestamp", goodStamp, "synced", false, "id", "17"}
+	op := pairs{
+		"mapName", "users", "opType", "PUT", "key", "alice",
+		"record",
+		pairs{"value", pairs{"n", 1}, "timestamp", goodStamp},
+		"timestamp", goodStamp, "synced", false, "id", "17",
+	}
 	for i := 0; i < len(edit); i += 2 {
 		found := false
 		for j := 0; j < len(op); j += 2 {
@@ -295,8 +298,10 @@ func TestOpErrors(t *testing.T) {
 
 func TestOpForms(t *testing.T) {
 	ts := hlc.Timestamp{Millis: 1700000000000, Counter: 1, NodeID: "client-a"}
-	want := wire.Op{ID: "17", MapName: "users", Key: "alice", Kind: wire.OpPut,
-		Record: lwwmap.Record{Value: pack(nil, pairs{"n", 1}), Timestamp: ts}}
+	want := wire.Op{
+		ID: "17", MapName: "users", Key: "alice", Kind: wire.OpPut,
+		Record: lwwmap.Record{Value: pack(nil, pairs{"n", 1}), Timestamp: ts},
+	}
 	tombstone := wire.Op{ID: "17", MapName: "users", Key: "alice", Kind: wire.OpRemove, Record: lwwmap.Record{Timestamp: ts}}
 	added := wire.Op{ID: "17", MapName: "users", Key: "alice", Kind: wire.OpORAdd, Record: lwwmap.Record{Value: []byte{1}, Timestamp: ts, TTLMillis: 5}, Tag: "t"}
 	dropped := wire.Op{ID: "17", MapName: "users", Key: "alice", Kind: wire.OpORRemove, Record: lwwmap.Record{Timestamp: ts}, Tag: "t"}
@@ -421,13 +426,16 @@ func TestServerRecordForms(t *testing.T) {
 	ts := stamp(5, 0, "topgun-3")
 	m, err := wire.DecodeServer(pack(nil, pairs{"type", "SERVER_EVENT", "timestamp", 5, "payload", pairs{
 		"mapName", "a:b", "eventType", "REMOVE", "key", "\xff",
-		"record", pairs{"value", nil, "timestamp", ts, "ttlMs", 60000},
+		"record",
+		pairs{"value", nil, "timestamp", ts, "ttlMs", 60000},
 	}}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &wire.ServerEvent{Event: wire.Event{MapName: "a:b", EventType: wire.OpRemove, Key: "\xff", HasRecord: true,
-		Record: lwwmap.Record{Timestamp: hlc.Timestamp{Millis: 5, NodeID: "topgun-3"}}}}
+	want := &wire.ServerEvent{Event: wire.Event{
+		MapName: "a:b", EventType: wire.OpRemove, Key: "\xff", HasRecord: true,
+		Record: lwwmap.Record{Timestamp: hlc.Timestamp{Millis: 5, NodeID: "topgun-3"}},
+	}}
 	if diff := cmp.Diff(want, m); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
@@ -564,19 +572,23 @@ func TestLeafWriter(t *testing.T) {
 func TestHTTPItemErrors(t *testing.T) {
 	body := pack(nil, pairs{
 		"clientId", "c", "clientHlc", goodStamp,
-		"operations", []any{opWith("key", ""), opWith()},
-		"syncMaps", []any{
+		"operations",
+		[]any{opWith("key", ""), opWith()},
+		"syncMaps",
+		[]any{
 			pairs{"mapName", "a b", "lastSyncTimestamp", stamp(0, 0, "")},
 			pairs{"mapName", "m", "lastSyncTimestamp", 5},
 			pairs{"mapName", "m", "lastSyncTimestamp", stamp(5, 6, "01J")},
 		},
-		"queries", []any{
+		"queries",
+		[]any{
 			pairs{"queryId", "1", "mapName", "m", "filter", 5},
 			pairs{"queryId", "2", "mapName", "m", "limit", -1},
 			pairs{"queryId", "3", "mapName", "", "filter", pairs{}},
 			pairs{"queryId", "4", "mapName", "m", "filter", nil, "limit", 3.0, "offset", 1, "cursor", "c"},
 		},
-		"searches", []any{pairs{"searchId", "s", "mapName", "m", "query", "x", "options", pairs{}}},
+		"searches",
+		[]any{pairs{"searchId", "s", "mapName", "m", "query", "x", "options", pairs{}}},
 	})
 	r, err := wire.DecodeSyncRequest(body, wire.DefaultLimits())
 	if err != nil {

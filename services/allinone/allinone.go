@@ -22,9 +22,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
-
-	"github.com/nats-io/nats.go"
 
 	"github.com/topgun-sync/topgun/services/fanout"
 	"github.com/topgun-sync/topgun/services/gateway"
@@ -126,12 +125,11 @@ func Run(ctx context.Context, config Config, listeners Listeners, t *obs.Telemet
 
 // parts are what the services stand on.
 type parts struct {
-	unlock   func() error
-	embedded *broker.Embedded
-	conn     *nats.Conn
-	bus      *natsbus.Bus
-	log      *commitlog.Log
-	store    persistence.Store
+	bus   *natsbus.Bus
+	log   *commitlog.Log
+	store persistence.Store
+	// closers undo what was opened, in its order.
+	closers []func() error
 }
 
 // open opens the folder, the broker, the log and the store, in this order.
@@ -146,54 +144,57 @@ func open(ctx context.Context, config Config, t *obs.Telemetry) (_ *parts, err e
 		if err := os.MkdirAll(config.DataDir, 0o700); err != nil {
 			return nil, fmt.Errorf("make the data folder: %w", err)
 		}
-		if p.unlock, err = lock(filepath.Join(config.DataDir, "lock")); err != nil {
+		unlock, err := lock(filepath.Join(config.DataDir, "lock"))
+		if err != nil {
 			return nil, err
 		}
+		p.closers = append(p.closers, unlock)
 	}
-	if config.NATSURL != "" {
-		p.conn, err = broker.Connect(ctx, config.NATSURL, "topgun", t.Logger)
-	} else {
-		p.embedded, err = broker.StartEmbedded(broker.EmbeddedConfig{
-			Dir:        filepath.Join(config.DataDir, "nats"),
-			Memory:     config.memory(),
-			SyncAlways: config.SyncAlways,
-			Logger:     t.Logger,
-		})
-		if err == nil {
-			p.conn, err = p.embedded.Connect("topgun")
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
-	config.Log.Memory = config.memory()
-	if p.log, err = commitlog.Open(ctx, p.conn, config.Log); err != nil {
+	if err := p.openLog(ctx, config, t); err != nil {
 		return nil, err
 	}
 	if p.store, err = stores.Open(ctx, config.Persistence, t.Logger); err != nil {
 		return nil, fmt.Errorf("open the store: %w", err)
 	}
-	p.bus = natsbus.New(p.conn, t.Logger)
+	p.closers = append(p.closers, p.store.Close)
 	return p, nil
+}
+
+// openLog connects to the broker, or starts one, and opens the log and the bus on it.
+func (p *parts) openLog(ctx context.Context, config Config, t *obs.Telemetry) error {
+	connect := func() (*broker.Conn, error) { return broker.Connect(ctx, config.NATSURL, "topgun", t.Logger) }
+	if config.NATSURL == "" {
+		embedded, err := broker.StartEmbedded(broker.EmbeddedConfig{
+			Dir:        filepath.Join(config.DataDir, "nats"),
+			Memory:     config.memory(),
+			SyncAlways: config.SyncAlways,
+			Logger:     t.Logger,
+		})
+		if err != nil {
+			return err
+		}
+		p.closers = append(p.closers, embedded.Shutdown)
+		connect = func() (*broker.Conn, error) { return embedded.Connect("topgun") }
+	}
+	conn, err := connect()
+	if err != nil {
+		return err
+	}
+	p.closers = append(p.closers, func() error { conn.Close(); return nil })
+	config.Log.Memory = config.memory()
+	if p.log, err = commitlog.Open(ctx, conn, config.Log); err != nil {
+		return err
+	}
+	p.bus = natsbus.New(conn, t.Logger)
+	p.closers = append(p.closers, p.bus.Close)
+	return nil
 }
 
 // close closes what is open, in reverse.
 func (p *parts) close() error {
 	var errs []error
-	if p.bus != nil {
-		errs = append(errs, p.bus.Close())
-	}
-	if p.store != nil {
-		errs = append(errs, p.store.Close())
-	}
-	if p.conn != nil {
-		p.conn.Close()
-	}
-	if p.embedded != nil {
-		p.embedded.Shutdown()
-	}
-	if p.unlock != nil {
-		errs = append(errs, p.unlock())
+	for _, undo := range slices.Backward(p.closers) {
+		errs = append(errs, undo())
 	}
 	return errors.Join(errs...)
 }

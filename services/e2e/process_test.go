@@ -173,7 +173,6 @@ func newLogBuffer(t testing.TB, name string) *logBuffer {
 	t.Cleanup(func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		os.WriteFile("/tmp/e2elogs/"+strings.ReplaceAll(t.Name(), "/", "_")+"-"+name, l.buf.Bytes(), 0o600)
 		if t.Failed() {
 			t.Logf("output of %s:\n%s", name, l.buf.Bytes())
 		}

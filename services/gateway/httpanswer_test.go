@@ -380,8 +380,12 @@ func TestAckForLevel(t *testing.T) {
 		asked, got string
 		success    bool
 	}{
-		{"", "MEMORY", true}, {"FIRE_AND_FORGET", "MEMORY", true}, {"APPLIED", "APPLIED", true},
-		{"APPLIED", "MEMORY", false}, {"PERSISTED", "APPLIED", false}, {"MEMORY", "PERSISTED", true},
+		{"", "MEMORY", true},
+		{"FIRE_AND_FORGET", "MEMORY", true},
+		{"APPLIED", "APPLIED", true},
+		{"APPLIED", "MEMORY", false},
+		{"PERSISTED", "APPLIED", false},
+		{"MEMORY", "PERSISTED", true},
 	} {
 		op := wire.Op{ID: "7", WriteConcern: c.asked}
 		ack := ackFor([]wire.Op{op}, []opResult{{status: opApplied, level: c.got}})

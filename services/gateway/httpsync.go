@@ -196,12 +196,11 @@ func (s *Service) decodeSync(body []byte, f form) (*wire.SyncRequest, error) {
 
 // writeSync writes a response in the form of the request.
 func (s *Service) writeSync(w http.ResponseWriter, f form, response *wire.SyncResponse) {
-	kind, body := "application/x-msgpack", []byte(nil)
+	kind, encode := "application/x-msgpack", response.AppendTo
 	if f.json {
-		kind, body = "application/json", response.AppendJSON(nil)
-	} else {
-		body = response.AppendTo(nil)
+		kind, encode = "application/json", response.AppendJSON
 	}
+	body := encode(nil)
 	w.Header().Set("Content-Type", kind)
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.cfg.WriteTimeout))
 	_, _ = w.Write(body) // a client that is gone is no event
@@ -209,8 +208,7 @@ func (s *Service) writeSync(w http.ResponseWriter, f form, response *wire.SyncRe
 
 // writeSyncError answers a request that can never succeed.
 func writeSyncError(w http.ResponseWriter, err error) {
-	var refused *wire.Error
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*wire.Error](err); ok {
 		status := http.StatusBadRequest
 		if refused.Code == http.StatusRequestEntityTooLarge {
 			status = refused.Code
@@ -224,16 +222,13 @@ func writeSyncError(w http.ResponseWriter, err error) {
 // writeHTTPError answers with {code, message} in JSON (PROTOCOL 17.2). The message
 // is a fixed text.
 func writeHTTPError(w http.ResponseWriter, status int, message string) {
-	body, err := json.Marshal(struct {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	// A number and a string have a JSON form, and a client that is gone is no event.
+	_ = json.NewEncoder(w).Encode(struct {
 		Code    int    `json:"code"`
 		Message string `json:"message"`
 	}{status, message})
-	if err != nil {
-		panic(err) // a number and a string always have a JSON form
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	_, _ = w.Write(body)
 }
 
 // traceParent returns the W3C traceparent of the span of ctx, or "".

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -185,13 +186,8 @@ func tokenInQuery(r *http.Request) bool {
 	if r.URL.RawQuery == "" {
 		return false
 	}
-	query := r.URL.Query()
-	for _, name := range []string{"token", "access_token", "id_token", "auth", "authorization", "jwt"} {
-		if query.Has(name) {
-			return true
-		}
-	}
-	return false
+	names := []string{"token", "access_token", "id_token", "auth", "authorization", "jwt"}
+	return slices.ContainsFunc(names, r.URL.Query().Has)
 }
 
 // serveRoot upgrades to a WebSocket session, or says what this is to a person who

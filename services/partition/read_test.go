@@ -116,8 +116,13 @@ func TestSYN01_PagesNeitherSkipNorRepeat(t *testing.T) {
 		return n
 	}
 	for _, req := range []*partitionv1.SinceRequest{
-		{Limit: 1}, {Limit: 7}, {Limit: 1000}, {MaxBytes: 1}, {MaxBytes: 50},
-		{Limit: 7, Shards: []uint32{2}}, {MaxBytes: 50, Shards: []uint32{3}},
+		{Limit: 1},
+		{Limit: 7},
+		{Limit: 1000},
+		{MaxBytes: 1},
+		{MaxBytes: 50},
+		{Limit: 7, Shards: []uint32{2}},
+		{MaxBytes: 50, Shards: []uint32{3}},
 	} {
 		req.Map = "m"
 		count := count

@@ -567,9 +567,11 @@ func TestVerifyJWKS(t *testing.T) {
 		"HMAC with the public key": {sign(jwt.SigningMethodHS256, []byte(publicPEM(&rsaKeys()[0].PublicKey)), map[string]any{"kid": "k0"}, claims(nil)), ""},
 		"RS384":                    {sign(jwt.SigningMethodRS384, rsaKeys()[0], map[string]any{"kid": "k0"}, claims(nil)), ""},
 		"its own key in jwk": {sign(jwt.SigningMethodRS256, rsaKeys()[1], map[string]any{
-			"jwk": jwk("k0", &rsaKeys()[1].PublicKey)}, claims(nil)), ""},
+			"jwk": jwk("k0", &rsaKeys()[1].PublicKey),
+		}, claims(nil)), ""},
 		"its own key at jku": {sign(jwt.SigningMethodRS256, rsaKeys()[1], map[string]any{
-			"kid": "k0", "jku": i.URL + "/other"}, claims(nil)), ""},
+			"kid": "k0", "jku": i.URL + "/other",
+		}, claims(nil)), ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			principal, err := v.Verify(t.Context(), c.token)

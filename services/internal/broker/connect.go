@@ -24,6 +24,9 @@ const (
 	pingInterval = 5 * time.Second
 )
 
+// Conn is a connection to a broker, under a name for those who only pass it on.
+type Conn = nats.Conn
+
 // Connect connects to the NATS servers at rawURL, one URL or several separated by
 // commas. It waits for the first connection until ctx ends; a server that refuses
 // the credentials ends the wait at once. name shows up in the server's monitoring.

@@ -21,8 +21,10 @@ const (
 	// version is the format of the commits written here.
 	version = 1
 	// answerTimeout is how long an answer of the stream is waited for before the
-	// append counts as unknown and is looked up. An fsync under load stays below.
-	answerTimeout = 5 * time.Second
+	// lane's end is read instead. An answer that a broker took with it when it went
+	// away never comes, and no write passes until then, so it is short; where a disk
+	// merely needs longer, asking again costs a message that the stream refuses.
+	answerTimeout = time.Second
 	// headerBytes is room for a message's headers, which count as payload.
 	headerBytes = 1024
 	// codeStoreFailed, codeNoResources and codeNoStorage are JetStream's error
