@@ -411,12 +411,16 @@ func TestLOG05_AWeakerStreamIsRefused(t *testing.T) {
 		"persist":    func(c *jetstream.StreamConfig) { c.PersistMode = jetstream.AsyncPersistMode },
 	} {
 		t.Run(name, func(t *testing.T) {
-			config := streamConfig(testConfig())
+			// A name of its own: the server removes a deleted stream's folder a little
+			// later than it says.
+			want := testConfig()
+			want.Stream += "_" + strings.ReplaceAll(name, " ", "_")
+			config := streamConfig(want)
 			weaken(&config)
 			if _, err := js.CreateStream(t.Context(), config); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := Open(t.Context(), nc, testConfig()); !errors.Is(err, ErrWeak) {
+			if _, err := Open(t.Context(), nc, want); !errors.Is(err, ErrWeak) {
 				t.Errorf("Open: %v, want ErrWeak", err)
 			}
 			if err := js.DeleteStream(t.Context(), config.Name); err != nil {
