@@ -88,12 +88,12 @@ func (d *decoder) serverText(field string, into *string) *Error {
 	return d.text(field, maxServerText, into)
 }
 
-// status reads an HTTP-like code, or nil, which is 0.
-func (d *decoder) status(field string, into *int) *Error {
+// status reads the field code, which is HTTP-like, or nil, which is 0.
+func (d *decoder) status(into *int) *Error {
 	var n uint64
-	err := d.count(field, &n)
+	err := d.count("code", &n)
 	if err == nil && n > 1<<31-1 {
-		return badMessage(field + " is too large")
+		return badMessage("code is too large")
 	}
 	*into = int(n)
 	return err
@@ -125,7 +125,7 @@ func (d *decoder) authFail() (Message, *Error) {
 		case "error":
 			return d.serverText("error", &m.Error)
 		case "code":
-			return d.status("code", &m.Code)
+			return d.status(&m.Code)
 		}
 		d.skip()
 		return nil
@@ -226,7 +226,7 @@ func (d *decoder) errorMessage() (Message, *Error) {
 	err := d.fields("payload", func(key []byte) *Error {
 		switch string(key) {
 		case "code":
-			return d.status("code", &m.Code)
+			return d.status(&m.Code)
 		case "message":
 			return d.serverText("message", &m.Message)
 		case "details":
@@ -424,7 +424,7 @@ func (d *decoder) opRejected() (Message, *Error) {
 		case "reason":
 			return d.serverText("reason", &m.Reason)
 		case "code":
-			return d.status("code", &m.Code)
+			return d.status(&m.Code)
 		}
 		d.skip()
 		return nil

@@ -297,7 +297,7 @@ func (d *decoder) syncError(m *SyncError) *Error {
 	return d.fields("an element of errors", func(key []byte) *Error {
 		switch string(key) {
 		case "code":
-			return d.status("code", &m.Code)
+			return d.status(&m.Code)
 		case "message":
 			return d.serverText("message", &m.Message)
 		case "context":

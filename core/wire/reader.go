@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"errors"
 	"math"
 	"unsafe"
 
@@ -32,9 +33,9 @@ type reader struct {
 func scan(data []byte) (r reader, deep bool, err *Error) {
 	size, depth, scanErr := msgval.Scan(data, msgval.MaxDepth+envelopeDepth)
 	switch {
-	case scanErr == msgval.ErrTooDeep:
+	case errors.Is(scanErr, msgval.ErrTooDeep):
 		return r, false, badMessage("containers are nested too deeply; at most 128 are allowed in a value")
-	case scanErr == msgval.ErrReserved:
+	case errors.Is(scanErr, msgval.ErrReserved):
 		return r, false, badMessage("the reserved byte 0xc1 is no msgpack")
 	case scanErr != nil:
 		return r, false, badMessage("the msgpack is truncated")
@@ -165,7 +166,7 @@ func (r *reader) internNodeID(b []byte) string {
 
 // alias returns the string that shares b's memory. The frame is not changed
 // while a message is in use: see the package comment.
-func alias(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
+func alias(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) } //nolint:gosec // G103: read-only view of bytes that live as long as it
 
 // fields reads a map as an envelope: each key must be a string. visit is called
 // with the reader before each value, and must read exactly that value. Of equal
