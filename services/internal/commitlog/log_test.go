@@ -600,3 +600,19 @@ func TestLaneEnds(t *testing.T) {
 		t.Errorf("LaneEnds = %v, %v", ends, err)
 	}
 }
+
+// A follower may answer a direct read with an owner that is none any more.
+func TestOWN05_ABucketWithDirectReadsIsRefused(t *testing.T) {
+	nc := connect(t)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As the client library makes it: with direct reads.
+	if _, err := js.CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: ownersBucket}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), nc, testConfig()); !errors.Is(err, ErrWeak) {
+		t.Errorf("Open: %v, want ErrWeak", err)
+	}
+}
