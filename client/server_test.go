@@ -163,7 +163,7 @@ func event(mapName, key string, r lwwmap.Record) *wire.ServerEvent {
 func (c *serverSession) send(msg wire.Message) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	_ = c.conn.Write(ctx, websocket.MessageBinary, msg.AppendTo(nil)) // the reader notices
 }

@@ -9,13 +9,13 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 )
 
 // AppendJSON appends the JSON form of a value to dst. It returns dst unchanged
 // and false if the value has none that databases and JavaScript agree on: byte
-// strings, extensions, NaN and infinities, strings with NUL or with bytes that
-// are not UTF-8, maps with keys that are no strings or twice the same. Integers
+// strings, extensions, NaN and infinities, strings with bytes that are not UTF-8, maps with keys that are no strings or twice the same. Integers
 // are written with all their digits.
 func AppendJSON(dst, value []byte) ([]byte, bool) {
 	out, rest, ok := appendJSON(dst, value, 0)
@@ -120,8 +120,6 @@ func appendJSONString(dst, s []byte) ([]byte, bool) {
 	dst = append(dst, '"')
 	for _, c := range s {
 		switch {
-		case c == 0:
-			return nil, false
 		case c == '"' || c == '\\':
 			dst = append(dst, '\\', c)
 		case c < 0x20:
@@ -137,8 +135,8 @@ func appendJSONString(dst, s []byte) ([]byte, bool) {
 var ErrJSON = errors.New("want one JSON text in UTF-8, nested at most 128 deep")
 
 // FromJSON returns the msgpack form of a JSON text. Numbers that are written as
-// integers and fit 64 bits become integers, all others float64; a number too
-// large for that is an error. Escapes of unpaired surrogates become U+FFFD. Of
+// integers become integers, all others float64; a number too large for that is an
+// error. Escapes of unpaired surrogates become U+FFFD. Of
 // equal keys all pairs are kept, in order. Check accepts the result.
 func FromJSON(text []byte) ([]byte, error) {
 	if !utf8.Valid(text) {
@@ -208,6 +206,9 @@ func appendNumber(dst []byte, n json.Number) ([]byte, error) {
 	}
 	if i, err := strconv.ParseInt(n.String(), 10, 64); err == nil {
 		return AppendInt(dst, i), nil
+	}
+	if !strings.ContainsAny(n.String(), ".eE") {
+		return nil, fmt.Errorf("an integer beyond 64 bits would be rounded: %w", ErrJSON)
 	}
 	f, err := n.Float64()
 	if err != nil {

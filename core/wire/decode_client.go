@@ -98,15 +98,25 @@ func (d *decoder) client(frame []byte) (Message, *Error) {
 	case "MERKLE_REQ_BUCKET":
 		return payload(d, env, d.merkleReqBucket)
 	case "OP_BATCH":
-		return payload(d, env, d.opBatch)
+		return markOps(payload(d, env, d.opBatch))
 	case "CLIENT_OP":
-		return payload(d, env, d.clientOp)
+		return markOps(payload(d, env, d.clientOp))
 	case "QUERY_SUB":
 		return payload(d, env, d.querySub)
 	case "QUERY_UNSUB":
 		return payload(d, env, d.queryUnsub)
 	}
 	return d.other(env, frame)
+}
+
+// markOps notes in an error that operations are lost with the frame.
+func markOps(m Message, err *Error) (Message, *Error) {
+	if err == nil {
+		return m, nil
+	}
+	lost := *err
+	lost.OpsLost = true
+	return nil, &lost
 }
 
 // payload moves the decoder to the payload and calls decode.

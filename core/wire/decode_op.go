@@ -2,6 +2,7 @@ package wire
 
 import (
 	"bytes"
+	"strconv"
 	"time"
 
 	"github.com/topgun-sync/topgun/core/hlc"
@@ -107,10 +108,7 @@ func (d *decoder) op(op *Op) *Error {
 		}
 		switch string(key) {
 		case "id":
-			var id []byte
-			id, idOK = d.str()
-			op.ID = alias(id)
-			idOK = idOK && validID(op.ID)
+			idOK = d.id(&op.ID)
 		case "mapName":
 			raw.mapName, raw.mapErr = d.bytes("mapName")
 		case "key":
@@ -462,4 +460,18 @@ func (d *decoder) stamp() (t hlc.Timestamp, err *Error) {
 		return t, badMessage("a timestamp must have millis, counter and nodeId")
 	}
 	return t, nil
+}
+
+// id reads the id of an op, and reports whether it can be named in an answer. Ids are
+// decimal text (PROTOCOL 10.1); an integer is taken as the same text, since refusing it
+// would cost the whole batch: an answer could not say which op is broken.
+func (d *decoder) id(into *string) bool {
+	if h, _ := msgval.ReadHead(d.rest()); h.Kind != msgval.StrKind {
+		n, ok := d.integer()
+		*into = strconv.FormatUint(n, 10)
+		return ok
+	}
+	text, ok := d.str()
+	*into = alias(text)
+	return ok && validID(*into)
 }

@@ -7,6 +7,9 @@ type Error struct {
 	Name string // what programs look at, e.g. BadMessage
 	Code int    // PROTOCOL 19.1
 	Text string // for people: what was wrong and what would be right
+	// OpsLost says that the frame held operations and none of them was decoded, so
+	// their ids are not known.
+	OpsLost bool
 }
 
 // The names of errors: RELIABILITY 4.

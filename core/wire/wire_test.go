@@ -146,7 +146,8 @@ func TestFrameErrors(t *testing.T) {
 		{"op is no map", batch(5), wire.BadMessage},
 		{"op without id", batch(without(opWith(), "id")), wire.BadMessage},
 		{"op with an empty id", batch(opWith("id", "")), wire.BadMessage},
-		{"op with a number as id", batch(opWith("id", 17)), wire.BadMessage},
+		{"op with a fraction as id", batch(opWith("id", 1.5)), wire.BadMessage},
+		{"op with a boolean as id", batch(opWith("id", true)), wire.BadMessage},
 		{"op with a long id", batch(opWith("id", strings.Repeat("1", 129))), wire.BadMessage},
 		{"op with an id that is not UTF-8", batch(opWith("id", "\xff")), wire.BadMessage},
 		{"op with an integer key", batch(append(opWith(), 5, 5)), wire.BadMessage},
@@ -689,5 +690,17 @@ func TestHTTPJSONLeavesOut(t *testing.T) {
 	want = `{"serverHlc":` + stampJSON + `,"errors":[{"code":406,"message":"a value has no JSON form; ask for application/x-msgpack"}]}`
 	if got := string(broken.AppendJSON(nil)); got != want {
 		t.Errorf("got %s\nwant %s", got, want)
+	}
+}
+
+// An id that is an integer is taken as its text: the batch holds other ops.
+func TestIntegerIDs(t *testing.T) {
+	m, err := wire.DecodeClient(batch(opWith("id", 17), opWith("id", float64(1<<40))), wire.DefaultLimits())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ops := m.(*wire.OpBatch).Ops
+	if len(ops) != 2 || ops[0].ID != "17" || ops[1].ID != "1099511627776" || ops[0].Err != nil {
+		t.Errorf("got %+v", ops)
 	}
 }

@@ -8,9 +8,9 @@
 // it believes comes from outside: from frames on a socket, from clients, and from
 // the rows of the database.
 //
-// A test that fails shows the output of all processes. With TOPGUN_TEST_LONG set the
-// fault stories take as long as they should before a release. The seed that the crash
-// story prints decides what is killed; when an ack arrives is up to the machine, so a
+// A test that fails shows the output of all processes. With TOPGUN_TEST_LONG set the crash
+// story kills four times as often, as it should before a release. The seed that it
+// prints decides what is killed; when an ack arrives is up to the machine, so a
 // seed narrows a failure down and does not replay it exactly.
 //
 // The stories do not measure speed and do not replace the tests of a room.

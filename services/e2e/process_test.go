@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -194,22 +195,27 @@ func (l *logBuffer) Write(p []byte) (int, error) {
 }
 
 // freeAddress returns an address of this host that nothing listens on. Services
-// get fixed ones, because they must be found again after a restart.
+// get fixed ones, because they must be found again after a restart. The system gives
+// connections and listeners without a port one above 32767, also while a service is
+// down; so ours is below.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var err error
+	for range 100 {
+		var l net.Listener
+		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(20_000))); err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal(err)
+	return ""
 }
 
 const (
-	// startDeadline is generous: binaries with the race detector, on a loaded
-	// machine.
-	startDeadline = 30 * time.Second
-	deadline      = 20 * time.Second
+	// Both are generous: binaries with the race detector, on a loaded machine.
+	startDeadline = 2 * time.Minute
+	deadline      = time.Minute
 )
 
 // eventually looks again and again until ok returns nil, and fails the test with

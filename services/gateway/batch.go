@@ -82,8 +82,8 @@ func (p *peer) add(u *unit) {
 		p.calls++
 	}
 	p.mu.Unlock()
-	if begin {
-		p.router.wg.Go(p.pump)
+	if begin && !p.router.start(p.pump) {
+		p.pump() // its calls fail at once
 	}
 }
 

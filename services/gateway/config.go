@@ -43,7 +43,10 @@ type Config struct {
 	MaxSyncBytes int64
 	// MaxOps bounds the distinct ops of one batch.
 	MaxOps int
-	// MaxSubscriptions bounds what one session looks at: its queries, and its maps;
+	// MaxMaps bounds the maps that one session looks at. A client asks for all of its
+	// maps when it connects.
+	MaxMaps int
+	// MaxSubscriptions bounds the queries of one session;
 	// also the maps, and the queries, of one POST /sync.
 	MaxSubscriptions int
 	// MaxInFlight bounds the requests of one session that are being answered.
@@ -96,6 +99,7 @@ func DefaultConfig() Config {
 		MaxBodyBytes:           16 << 20,
 		MaxSyncBytes:           256 << 20,
 		MaxOps:                 1000,
+		MaxMaps:                1000,
 		MaxSubscriptions:       256,
 		MaxInFlight:            32,
 		MaxSessions:            50_000,
@@ -148,6 +152,7 @@ func (c Config) Validate() error {
 		{"max body bytes", int64(c.MaxBodyBytes), 1 << 10},
 		{"max sync bytes", c.MaxSyncBytes, int64(c.MaxBodyBytes)},
 		{"max ops", int64(c.MaxOps), 1},
+		{"max maps", int64(c.MaxMaps), 1},
 		{"max subscriptions", int64(c.MaxSubscriptions), 1},
 		{"max in flight", int64(c.MaxInFlight), 1},
 		{"max sessions", int64(c.MaxSessions), 1},

@@ -474,7 +474,7 @@ func (f *fakeFanout) setDown(down bool) {
 // await blocks until some stream watches the map, or none does.
 func (f *fakeFanout) await(t testing.TB, name string, watched bool) {
 	t.Helper()
-	deadline := time.After(5 * time.Second)
+	deadline := time.After(patience)
 	for {
 		f.mu.Lock()
 		got := false
@@ -489,7 +489,7 @@ func (f *fakeFanout) await(t testing.TB, name string, watched bool) {
 		select {
 		case <-changed:
 		case <-deadline:
-			t.Fatalf("map %q: watched = %v after 5 s, want %v", name, got, watched)
+			t.Fatalf("map %q: watched = %v after %v, want %v", name, got, patience, watched)
 		}
 	}
 }

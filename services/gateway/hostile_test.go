@@ -346,13 +346,15 @@ func TestBadUpgrades(t *testing.T) {
 			}
 		})
 	}
-	b.awaitSessions(t, 0) // and every place is given back
+	// Every place is given back.
 	k := b.service.sockets
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.reserved != 0 || len(k.perAddr) != 0 {
-		t.Errorf("%d places reserved, %d addresses counted, want none", k.reserved, len(k.perAddr))
-	}
+	// An upgrade that is refused is answered before its place is given back, and one
+	// whose client has gone meanwhile may be on its way to a session.
+	eventually(t, func() bool {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		return k.reserved == 0 && len(k.perAddr) == 0 && len(k.sessions) == 0
+	})
 }
 
 // No extension is negotiated, though clients offer one.

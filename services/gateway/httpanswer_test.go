@@ -285,6 +285,7 @@ func TestSyncRejectedOpIsCovered(t *testing.T) {
 // TestSyncUnavailableIsNotCovered: story d. What was not taken stays with the client,
 // and the status is 200 (PROTOCOL 17.2.2-4).
 func TestSyncUnavailableIsNotCovered(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		refusal partitionv1.Refusal
 		code    int
@@ -295,7 +296,8 @@ func TestSyncUnavailableIsNotCovered(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var refused atomic.Int64
 			refused.Store(2)
-			g := startGateway(t, nil, func(p *fakePartition) {
+			t.Parallel() // each waits for ApplyTimeout
+			g := startGateway(t, func(c *Config) { c.ApplyTimeout = 2 * time.Second }, func(p *fakePartition) {
 				p.refuse = func(shard uint32) (partitionv1.Refusal, uint32) {
 					if int64(shard) == refused.Load() {
 						return c.refusal, 10
@@ -500,7 +502,7 @@ func TestSyncErrorsPerItem(t *testing.T) {
 
 func TestSyncReadsUnavailable(t *testing.T) {
 	var down atomic.Bool
-	g := startGateway(t, nil, func(p *fakePartition) {
+	g := startGateway(t, func(c *Config) { c.ReadTimeout = time.Second }, func(p *fakePartition) {
 		p.before = func(_ context.Context, method string) error {
 			if down.Load() && method != "Describe" && method != "Apply" {
 				return connect.NewError(connect.CodeUnavailable, "loading")

@@ -43,8 +43,7 @@ func startGateway(t *testing.T, change func(*Config), prepare func(*fakePartitio
 	}
 	cfg := DefaultConfig()
 	cfg.DrainTimeout = 2 * time.Second
-	cfg.ApplyTimeout = 500 * time.Millisecond
-	cfg.ReadTimeout = 500 * time.Millisecond
+	cfg.ApplyTimeout, cfg.ReadTimeout = patience, patience
 	if change != nil {
 		change(&cfg)
 	}

@@ -174,3 +174,41 @@ func TestWatchedBeforeRead(t *testing.T) {
 		t.Errorf("%d reads of a map that was not watched", n)
 	}
 }
+
+// An event that only holds changes of the one session of its map costs nothing.
+func TestConcerns(t *testing.T) {
+	one, two := &session{origin: "one"}, &session{origin: "two"}
+	event := func(origins ...string) *fanoutv1.Event {
+		e := &fanoutv1.Event{Map: "m"}
+		for _, origin := range origins {
+			e.Changes = append(e.Changes, &typesv1.Change{Origin: origin})
+		}
+		return e
+	}
+	for name, c := range map[string]struct {
+		sessions []*session
+		event    *fanoutv1.Event
+		want     bool
+	}{
+		"nobody":                {nil, event("one"), false},
+		"the writer alone":      {[]*session{one}, event("one", "one"), false},
+		"among others' changes": {[]*session{one}, event("one", "two", "one"), true},
+		"a change of no client": {[]*session{one}, event("one", ""), true},
+		"two sessions":          {[]*session{one, two}, event("one", "one"), true},
+	} {
+		h := newHub("gateway", nil, nil, nil)
+		if h.concerns(c.event) {
+			t.Errorf("%s: an event of a map that nobody looks at concerns somebody", name)
+		}
+		h.topics["m"] = &topic{name: "m", sessions: make(map[*session]struct{})}
+		for _, s := range c.sessions {
+			h.topics["m"].sessions[s] = struct{}{}
+		}
+		if got := h.concerns(c.event); got != c.want {
+			t.Errorf("%s: concerns = %t", name, got)
+		}
+		if n := testing.AllocsPerRun(10, func() { h.concerns(c.event) }); n > 0 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+}

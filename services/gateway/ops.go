@@ -17,6 +17,10 @@ import (
 // being applied.
 const maxWaitingBatches = 256
 
+// maxRunningOps bounds the ops of one session that are with the router at once, so that
+// the ops of others wait behind few of a session that floods.
+const maxRunningOps = 4000
+
 // opLine holds a session's batches of ops that are not answered. The session's mu
 // guards it.
 //
@@ -36,6 +40,17 @@ type opLine struct {
 	bytes   int
 	// tail is closed when every batch so far is answered; nil if none is unanswered.
 	tail chan struct{}
+	// runningOps are the ops of the running batches.
+	runningOps int
+	// skipped says that a batch was refused whole, so that its ids are not known: no
+	// lastId may cover them, and acks list their ops from then on (ACK-05).
+	skipped bool
+}
+
+// mayRunLocked reports whether a batch may go to the router beside those that run.
+func (s *session) mayRunLocked(b *opBatch) bool {
+	return s.ops.running == 0 ||
+		s.ops.running < s.k.cfg.MaxInFlight && s.ops.runningOps+len(b.ops) <= maxRunningOps
 }
 
 func (l *opLine) idle() bool { return l.running == 0 && len(l.waiting) == 0 }
@@ -74,7 +89,7 @@ func (s *session) submit(m *wire.OpBatch, size int, held int64) error {
 	}
 	b.prev, s.ops.tail = s.ops.tail, b.done
 	s.ops.bytes += size
-	if s.ops.running < s.k.cfg.MaxInFlight {
+	if len(s.ops.waiting) == 0 && s.mayRunLocked(b) {
 		s.startBatchLocked(b)
 	} else {
 		s.ops.waiting = append(s.ops.waiting, b)
@@ -88,6 +103,7 @@ func levelRank(level string) int { return max(0, slices.Index(levelNames[:], lev
 
 func (s *session) startBatchLocked(b *opBatch) {
 	s.ops.running++
+	s.ops.runningOps += len(b.ops)
 	if !s.spawnLocked(func() { s.apply(b) }) {
 		s.finishLocked(b)
 	}
@@ -131,8 +147,9 @@ func (s *session) apply(b *opBatch) {
 // closes, those that wait end too: nothing of them was sent, and they cannot be acked.
 func (s *session) finishLocked(b *opBatch) {
 	s.ops.running--
+	s.ops.runningOps -= len(b.ops)
 	s.endLocked(b)
-	for len(s.ops.waiting) > 0 && (s.closing != nil || s.ops.running < s.k.cfg.MaxInFlight) {
+	for len(s.ops.waiting) > 0 && (s.closing != nil || s.mayRunLocked(s.ops.waiting[0])) {
 		next := s.ops.waiting[0]
 		s.ops.waiting[0] = nil
 		s.ops.waiting = s.ops.waiting[1:]
@@ -232,7 +249,12 @@ func decimalID(id string) (n uint64, ok bool) {
 // if the session ended meanwhile.
 func (s *session) acknowledge(ops []wire.Op, results []opResult) bool {
 	ack := &wire.OpAck{LastID: ops[len(ops)-1].ID}
-	perOp := false
+	s.mu.Lock()
+	perOp := s.ops.skipped
+	s.mu.Unlock()
+	if perOp {
+		ack.LastID = "0"
+	}
 	for i := range ops {
 		op, r := &ops[i], &results[i]
 		if _, ok := decimalID(op.ID); !ok {

@@ -195,6 +195,7 @@ func TestInFlightBound(t *testing.T) {
 // What could not be applied is never covered: the done prefix is acked, then the client
 // is told to come again (ACK-05).
 func TestUnavailable(t *testing.T) {
+	t.Parallel()
 	var keys [4]string // one of each shard
 	for i := 0; keys[0] == "" || keys[1] == "" || keys[2] == "" || keys[3] == ""; i++ {
 		key := fmt.Sprint("key", i)
@@ -212,7 +213,8 @@ func TestUnavailable(t *testing.T) {
 		{"ids do not rise", partitionv1.Refusal_REFUSAL_UNAVAILABLE, [3]string{"9", "6", "7"}, "", 503},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			b := setup(t, func(c *Config) { c.ApplyTimeout = 200 * time.Millisecond }, func(b *bench) {
+			t.Parallel() // each waits for ApplyTimeout
+			b := setup(t, func(c *Config) { c.ApplyTimeout = 2 * time.Second }, func(b *bench) {
 				b.partition.refuse = func(shard uint32) (partitionv1.Refusal, uint32) {
 					if shard == 1 {
 						return c.refusal, 10
@@ -306,8 +308,17 @@ func TestTooManyOps(t *testing.T) {
 	if b.partition.called("Apply") != 0 {
 		t.Error("some were applied")
 	}
+	// Garbage that is no batch loses no op.
+	other := b.hello(t)
+	other.payload([]byte{0xc1})
+	expect[*wire.ErrorMessage](other)
+	other.send(&wire.OpBatch{Ops: batch.Ops[:1]})
+	if ack := expect[*wire.OpAck](other); ack.LastID != "1" || ack.Results != nil {
+		t.Errorf("after garbage: lastId %s, %d results", ack.LastID, len(ack.Results))
+	}
+	// A lastId would cover the ops that were refused (ACK-05).
 	p.send(&wire.OpBatch{Ops: batch.Ops[:1000]})
-	if ack := expect[*wire.OpAck](p); ack.LastID != "1000" {
-		t.Errorf("ack %+v", ack)
+	if ack := expect[*wire.OpAck](p); ack.LastID != "0" || len(ack.Results) != 1000 || !ack.Results[999].Success {
+		t.Errorf("after a refused batch: lastId %s, %d results", ack.LastID, len(ack.Results))
 	}
 }

@@ -29,7 +29,7 @@ func twoOwners(t *testing.T, n int) (*router, []wire.Op) {
 	for i := range n {
 		ops = append(ops, put(fmt.Sprint(i), "m", fmt.Sprintf("key-%04d", i), "v", uint64(i+1)))
 	}
-	for i, result := range r.Apply(within(t, 10*time.Second), "s", "", ops) {
+	for i, result := range r.Apply(within(t, patience), "s", "", ops) {
 		if result.status != opApplied {
 			t.Fatalf("op %d: %+v", i, result)
 		}
@@ -44,7 +44,7 @@ func TestLeavesAddUpOverOwners(t *testing.T) {
 		for _, op := range ops {
 			want.Add(merkle.Leaf(merkle.Hash(op.Key)), merkle.ItemHash(op.Key, op.Record.Timestamp), combine)
 		}
-		state, err := r.Leaves(within(t, time.Second), "m", combine)
+		state, err := r.Leaves(within(t, patience), "m", combine)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -59,12 +59,12 @@ func TestLeavesAddUpOverOwners(t *testing.T) {
 
 func TestRecordsOfALeafRange(t *testing.T) {
 	r, ops := twoOwners(t, 100)
-	records, err := r.Records(within(t, time.Second), "m", 0, merkle.LeafCount-1)
+	records, err := r.Records(within(t, patience), "m", 0, merkle.LeafCount-1)
 	if err != nil || len(records) != len(ops) {
 		t.Fatalf("%d records, %v", len(records), err)
 	}
 	leaf := merkle.Leaf(merkle.Hash(ops[0].Key))
-	records, err = r.Records(within(t, time.Second), "m", leaf, leaf)
+	records, err = r.Records(within(t, patience), "m", leaf, leaf)
 	if err != nil || !slices.ContainsFunc(records, func(k wire.KeyedRecord) bool { return k.Key == ops[0].Key }) {
 		t.Errorf("leaf %d: %v, %v", leaf, records, err)
 	}
@@ -75,7 +75,7 @@ func TestSinceOverOwners(t *testing.T) {
 	seen := map[string]int{}
 	var after hlc.Timestamp
 	for pages := 0; ; pages++ {
-		p, err := r.Since(within(t, time.Second), "m", after, 70, 1<<20)
+		p, err := r.Since(within(t, patience), "m", after, 70, 1<<20)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -188,7 +188,7 @@ func TestQueryMergesByKey(t *testing.T) {
 	for more := true; more; {
 		var rows []wire.KeyValue
 		var err error
-		rows, more, err = r.Query(within(t, time.Second), "m", nil, after, 40)
+		rows, more, err = r.Query(within(t, patience), "m", nil, after, 40)
 		if err != nil || len(rows) == 0 || len(rows) > 40 {
 			t.Fatalf("%d rows, %v", len(rows), err)
 		}

@@ -161,7 +161,9 @@ func newRouter(clients []partitionv1connect.PartitionServiceClient, limits route
 // close ends the calls in flight and waits for their goroutines. What was not
 // answered is opUnavailable.
 func (r *router) close() {
-	r.cancel()
+	r.mu.Lock()
+	r.cancel() // under the lock, so that nothing is started while it waits
+	r.mu.Unlock()
 	r.wg.Wait()
 }
 
@@ -234,6 +236,8 @@ func (r *router) round(ctx context.Context, table *ownerTable, origin, tracePare
 	units := make(map[int]*unit)
 	answers := make(chan *unit, len(table.peers)) // one per shard at most, so nobody waits to answer
 	var bytes int64
+	// A shard's even share and half as much again: its lists seldom grow.
+	share := 3*len(pending)/(2*len(table.peers)) + 1
 	for _, i := range pending {
 		shard := keyspace.ShardOf(string(protos[i].Key), len(table.peers))
 		if table.peers[shard] == nil {
@@ -242,8 +246,9 @@ func (r *router) round(ctx context.Context, table *ownerTable, origin, tracePare
 		}
 		u := units[shard]
 		if u == nil {
-			u = &unit{ctx: ctx, answers: answers, ops: &partitionv1.ShardOps{
+			u = &unit{ctx: ctx, answers: answers, indexes: make([]int, 0, share), ops: &partitionv1.ShardOps{
 				Shard: uint32(shard), Origin: origin, TraceParent: traceParent,
+				Ops: make([]*partitionv1.Op, 0, share),
 			}}
 			units[shard] = u
 		}
@@ -328,6 +333,17 @@ func (r *router) pause(ctx context.Context, attempt int, hint time.Duration) boo
 	case <-r.base.Done():
 	}
 	return false
+}
+
+// start runs f in a goroutine that close waits for, or reports that close has begun.
+func (r *router) start(f func()) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.base.Err() != nil {
+		return false
+	}
+	r.wg.Go(f)
+	return true
 }
 
 // owners returns the owner table, asking for it if it is not known.

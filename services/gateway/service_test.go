@@ -99,14 +99,10 @@ func TestClientPort(t *testing.T) {
 // waitReady waits until the gateway says it is ready.
 func waitReady(t *testing.T, g *httpGateway) {
 	t.Helper()
-	for t.Context().Err() == nil {
-		if g.service.Ready() == nil {
-			return
-		}
-		if _, err := g.service.router.learn(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+	if _, err := g.service.router.learn(t.Context()); err != nil {
+		t.Fatal(err)
 	}
+	eventually(t, func() bool { return g.service.Ready() == nil })
 }
 
 func TestReadiness(t *testing.T) {
@@ -141,7 +137,7 @@ func TestReadiness(t *testing.T) {
 // gateway is told to stop gets its ack.
 func TestStopAnswersWhatIsInFlight(t *testing.T) {
 	entered, release := make(chan struct{}, 1), make(chan struct{})
-	g := startGateway(t, func(c *Config) { c.ApplyTimeout = 5 * time.Second }, func(p *fakePartition) {
+	g := startGateway(t, func(c *Config) { c.DrainTimeout = patience }, func(p *fakePartition) {
 		p.before = func(ctx context.Context, method string) error {
 			if method == "Apply" {
 				entered <- struct{}{}
@@ -326,6 +322,7 @@ func TestRunWithoutSigningKeys(t *testing.T) {
 	if _, err := g.service.router.learn(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, g.service.running.Load)
 	if err := g.service.Ready(); err == nil || !strings.Contains(err.Error(), "signing keys") {
 		t.Errorf("ready: %v", err)
 	}

@@ -263,6 +263,11 @@ func (s *session) handle(bytes []byte, held int64) error {
 		return s.handleWaiting(message, err)
 	case err != nil:
 		s.k.meters.received(inBad)
+		if bad, ok := errors.AsType[*wire.Error](err); ok && bad.OpsLost {
+			s.mu.Lock()
+			s.ops.skipped = true
+			s.mu.Unlock()
+		}
 		return s.refuse(err)
 	}
 	if bucket, ok := message.(*wire.MerkleReqBucket); ok {
@@ -448,6 +453,14 @@ func (s *session) certainlyMixed() {
 	s.mu.Unlock()
 }
 
+// decline answers a message that is well formed and asks for too much. It does not
+// count as bad: a client that repeats it with every connection would otherwise never
+// get what it may have.
+func (s *session) decline(err *wire.Error) error {
+	s.send(urgent, &wire.ErrorMessage{Code: err.Code, Message: err.Error()})
+	return nil
+}
+
 // refuse answers a bad message, and ends the session after maxErrors of them.
 func (s *session) refuse(err error) error {
 	answer := &wire.ErrorMessage{Code: 400, Message: "BAD_MESSAGE: the message cannot be read"}
@@ -530,8 +543,8 @@ func (s *session) beginClose(reason closeReason) {
 	s.startWriterLocked()
 	// The deadlines wake a reading goroutine that waits for the client, and a writing
 	// one that waits for a client that does not read.
-	_ = s.conn.SetReadDeadline(time.Now().Add(lingerTime))
-	_ = s.conn.SetWriteDeadline(time.Now().Add(lingerTime))
+	_ = s.conn.SetReadDeadline(time.Now().Add(s.k.linger))
+	_ = s.conn.SetWriteDeadline(time.Now().Add(s.k.linger))
 }
 
 // discard throws away what the client still sends, until it ends its half of the

@@ -62,7 +62,9 @@ func (h *hub) subscribe(ctx context.Context) (opened bool, err error) {
 				wg.Go(func() { cancel(h.watch(ctx, m.Ready.GetStreamId())) })
 			}
 		case *fanoutv1.SubscribeResponse_Event:
-			h.deliver(m.Event.GetMap(), changesOf(m.Event))
+			if h.concerns(m.Event) {
+				h.deliver(m.Event.GetMap(), changesOf(m.Event))
+			}
 		case *fanoutv1.SubscribeResponse_Gap:
 			h.gap(m.Gap.GetMap())
 		}
@@ -93,6 +95,26 @@ func (h *hub) watch(ctx context.Context, stream string) error {
 		}
 		h.watching(stream, add)
 	}
+}
+
+// concerns reports whether an event holds a change for some session here, which its
+// own changes are not: a map that one client alone writes and looks at is the usual
+// case, and nothing of such an event needs to be converted and encoded.
+func (h *hub) concerns(event *fanoutv1.Event) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	t := h.topics[event.GetMap()]
+	if t == nil || len(t.sessions) != 1 {
+		return t != nil && len(t.sessions) > 0
+	}
+	for s := range t.sessions {
+		for _, c := range event.GetChanges() {
+			if c.GetOrigin() != s.origin {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func changesOf(e *fanoutv1.Event) []change {

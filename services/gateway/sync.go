@@ -66,7 +66,7 @@ func (s *session) syncRequested(m *wire.SyncInit) error {
 	after := s.ops.tail
 	s.mu.Unlock()
 	if !ok {
-		return s.refuse(tooManyMaps)
+		return s.decline(tooManyMaps)
 	}
 	return s.addJob(job{kind: jobInit, name: m.MapName, since: m.LastSyncTimestamp, after: after})
 }
@@ -93,7 +93,7 @@ func (s *session) interestLocked(name string) (*interest, bool) {
 	if seen := s.maps[name]; seen != nil {
 		return seen, true
 	}
-	if len(s.maps) >= s.k.cfg.MaxSubscriptions {
+	if len(s.maps) >= s.k.cfg.MaxMaps {
 		return nil, false
 	}
 	if s.maps == nil {
@@ -269,7 +269,10 @@ func (s *session) answerInit(j job) error {
 	if err := s.join(j.name); err != nil {
 		return err
 	}
-	if start := uint64(max(0, s.k.now().UnixMilli())); j.since <= start {
+	// Arrivals may be seconds ahead of the wall clock after a restart; a time further
+	// ahead than any of ours explains nothing, and leaves the root alone to speak.
+	start := uint64(max(0, s.k.now().UnixMilli()))
+	if j.since <= start+uint64(hlc.MaxDrift.Milliseconds()) {
 		if err := s.k.pushes.Acquire(s.ctx, 1); err != nil {
 			return err
 		}

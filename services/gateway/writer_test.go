@@ -102,7 +102,7 @@ func TestNeverReads(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := setup(t, func(c *Config) { c.WriteTimeout = 200 * time.Millisecond }, nil)
+			b := setup(t, func(c *Config) { c.WriteTimeout = time.Second }, nil)
 			b.fill("big", 100, strings.Repeat("x", 50_000))
 			p, bystander := b.hello(t), b.hello(t)
 			b.narrow(t, p)

@@ -58,6 +58,7 @@ type sockets struct {
 	inbound budget
 	pushes  *semaphore.Weighted
 	tick    time.Duration
+	linger  time.Duration
 
 	// base ends when run is over; sessions live no longer than that.
 	base   context.Context
@@ -106,6 +107,7 @@ func newSockets(cfg Config, deps socketDeps) (*sockets, error) {
 		inbound:  budget{limit: inboundBudget},
 		pushes:   semaphore.NewWeighted(maxPushes),
 		tick:     sweepEvery,
+		linger:   lingerTime,
 		sessions: make(map[uint64]*session),
 		perAddr:  make(map[netip.Addr]int),
 		gone:     make(chan struct{}),
@@ -450,6 +452,8 @@ func (k *sockets) originOf(id uint64) string {
 func (k *sockets) limits() wire.Limits {
 	limits := wire.DefaultLimits()
 	limits.MaxOps = k.cfg.MaxOps
-	limits.MaxTokenBytes = auth.MaxTokenBytes
+	// The verifier refuses tokens above its own bound with an answer; a frame that
+	// cannot be read before authentication gets none.
+	limits.MaxTokenBytes = k.cfg.MaxPreAuthMessageBytes
 	return limits
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -212,8 +213,18 @@ func TestACK01_NothingIsAnsweredBeforeItIsLogged(t *testing.T) {
 			n.writer.mu.Unlock()
 		}
 	}()
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	// The caller gives up when its op is merged.
+	ctx, cancel := context.WithCancel(t.Context())
+	before := n.stats.ops[applied].Load()
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	defer cancel()
+	wg.Go(func() {
+		for n.stats.ops[applied].Load() == before && ctx.Err() == nil {
+			time.Sleep(time.Millisecond) // between two looks
+		}
+		cancel()
+	})
 	if _, err := n.tryApply(ctx, put("k", "w", 2, "a")); connect.CodeOf(err) != connect.CodeUnavailable {
 		t.Fatalf("an op was answered before it was logged: %v", err)
 	}

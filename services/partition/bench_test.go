@@ -49,6 +49,30 @@ func (n *node) fill(tb testing.TB, first, count int) {
 	}
 }
 
+// BenchmarkSince reads a map of 100,000 records in pages, as a first sync does.
+func BenchmarkSince(b *testing.B) {
+	const records = 100_000
+	n := newWorld(b).start()
+	for first := 0; first < records; first += 1000 {
+		n.fill(b, first, 1000)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		read, req := 0, &partitionv1.SinceRequest{Map: "m", Limit: 2000, MaxBytes: 128 << 10}
+		for more := true; more; {
+			resp, err := n.Since(b.Context(), req)
+			if err != nil {
+				b.Fatal(err)
+			}
+			read, more = read+len(resp.GetChanges()), resp.GetMore()
+			req = &partitionv1.SinceRequest{Map: "m", Limit: 2000, MaxBytes: 128 << 10, After: resp.GetCovered()}
+		}
+		if read != records {
+			b.Fatalf("read %d records", read)
+		}
+	}
+}
+
 // BenchmarkRestart measures how long a new process takes to serve 100,000 records
 // again: from the log alone, and from the store.
 func BenchmarkRestart(b *testing.B) {

@@ -88,7 +88,7 @@ func TestLOG06_AnyHistoryEndsInTheStateOfTheModel(t *testing.T) {
 
 // send applies ops at the node and to the model, and compares the outcomes.
 func send(rt *rapid.T, n *node, model *lwwmap.Map, acked map[string]lwwmap.Record, ops ...*partitionv1.Op) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	receipts, err := n.tryApply(ctx, ops...)
 	if err != nil {

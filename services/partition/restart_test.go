@@ -145,7 +145,7 @@ func (n *node) wait() error {
 	case err := <-n.ended:
 		n.ended <- err
 		return err
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		n.world.t.Fatal("Run goes on")
 		return nil
 	}

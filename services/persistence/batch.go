@@ -34,12 +34,15 @@ type recordKey struct{ mapName, key string }
 // maxLinks is how many commits one span names: OpenTelemetry's own default bound.
 const maxLinks = 128
 
-func newBatch(from map[string]Position, last uint64) *batch {
+// newBatch returns an empty batch with room for so many records: the size of the one
+// before, since under load they are alike.
+func newBatch(from map[string]Position, last uint64, room int) *batch {
 	return &batch{
-		from:  from,
-		last:  last,
-		index: make(map[recordKey]int),
-		moves: make(map[string]Move),
+		from:    from,
+		last:    last,
+		records: make([]Record, 0, room),
+		index:   make(map[recordKey]int, room),
+		moves:   make(map[string]Move),
 	}
 }
 

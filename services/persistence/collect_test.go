@@ -19,7 +19,7 @@ func TestEndlessBacklogIsCut(t *testing.T) {
 		}}}
 	}
 	s := &Service{config: Config{BatchChanges: 1000, BatchBytes: 1 << 20, BatchDelay: time.Nanosecond}}
-	b, err := s.collect(t.Context(), items, time.Now())
+	b, err := s.collect(t.Context(), items, time.Now(), 0)
 	if err != nil || b.commits == 0 || b.commits == waiting {
 		t.Errorf("the batch took %d of %d commits, %v", b.commits, waiting, err)
 	}

@@ -48,9 +48,12 @@ type Config struct {
 // DefaultConfig returns the settings of a cluster; the store must still be chosen.
 func DefaultConfig() Config {
 	return Config{
-		BatchChanges: 1000,
-		BatchBytes:   4 << 20,
-		BatchDelay:   50 * time.Millisecond,
+		// The log keeps what is acked, so a batch may be large: more changes of a key
+		// are written once, and more rows share a page, an index and an fsync, which is
+		// CPU that the acks get. Small enough that a Load reads little from the log.
+		BatchChanges: 10_000,
+		BatchBytes:   8 << 20,
+		BatchDelay:   100 * time.Millisecond,
 		StoreTimeout: 30 * time.Second,
 		TrimEvery:    30 * time.Second,
 		TrimAge:      2 * time.Minute,

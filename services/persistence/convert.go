@@ -35,7 +35,11 @@ func recordsOf(commit *logv1.Commit) ([]Record, error) {
 	case *logv1.Commit_Claim, *logv1.Commit_Release, *logv1.Commit_Seal:
 		return nil, nil
 	case *logv1.Commit_Changes:
-		var records []Record
+		n := 0
+		for _, shard := range body.Changes.GetShards() {
+			n += len(shard.GetChanges())
+		}
+		records := make([]Record, 0, n)
 		for _, shard := range body.Changes.GetShards() {
 			for _, change := range shard.GetChanges() {
 				record, err := recordOf(change)

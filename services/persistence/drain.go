@@ -121,10 +121,11 @@ func (s *Service) drainRound(ctx context.Context, delays *backoff.ExponentialBac
 	})
 
 	// The first batch of a round does not wait for company.
-	next := time.Now()
+	next, room := time.Now(), 0
 	for {
-		b, stop := s.collect(ctx, items, next)
+		b, stop := s.collect(ctx, items, next, room)
 		if b.commits > 0 {
+			room = len(b.records)
 			next = time.Now().Add(s.config.BatchDelay)
 			// What came before a commit that cannot be stored is stored first.
 			if err := s.commit(ctx, b); err != nil {
@@ -183,10 +184,11 @@ func (s *Service) readWatermarks(ctx context.Context) error {
 // batches fill, after a quiet time the first commit is stored at once, and no
 // commit waits longer than BatchDelay. A Flush that waits makes it due at once.
 //
-// A non-nil error says why nothing more comes; the batch holds what came before.
-func (s *Service) collect(ctx context.Context, items <-chan item, next time.Time) (*batch, error) {
+// room is how many records to expect. A non-nil error says why nothing more comes; the
+// batch holds what came before.
+func (s *Service) collect(ctx context.Context, items <-chan item, next time.Time, room int) (*batch, error) {
 	s.mu.Lock()
-	b := newBatch(s.marks, s.stored)
+	b := newBatch(s.marks, s.stored, room)
 	s.mu.Unlock()
 
 	var due <-chan time.Time // nil, which never fires, while the batch is empty

@@ -207,6 +207,8 @@ func (s *fakeStore) stored() []persistence.Batch {
 func config() persistence.Config {
 	c := persistence.DefaultConfig()
 	c.Store = persistence.StoreMemory
+	// What the tests of batches count on, whatever suits production.
+	c.BatchChanges, c.BatchBytes, c.BatchDelay = 1000, 4<<20, 50*time.Millisecond
 	return c
 }
 

@@ -1,6 +1,7 @@
 package persistence
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"fmt"
@@ -75,10 +76,24 @@ func (r Record) ValueJSON(dst []byte) (text []byte, ok bool) {
 	if rest, err := msgval.Check(r.State.Value); err != nil || len(rest) > 0 {
 		return dst, false
 	}
-	if text, ok = msgval.AppendJSON(dst, r.State.Value); !ok {
+	if text, ok = msgval.AppendJSON(dst, r.State.Value); !ok || escapesNUL(text[len(dst):]) {
 		return dst, false
 	}
 	return text, true
+}
+
+// escapesNUL reports whether JSON text holds a NUL, which Postgres' jsonb refuses.
+func escapesNUL(text []byte) bool {
+	for {
+		i := bytes.IndexByte(text, '\\')
+		if i < 0 {
+			return false
+		}
+		if bytes.HasPrefix(text[i:], []byte(`\u0000`)) {
+			return true
+		}
+		text = text[i+2:] // what is escaped may be a backslash
+	}
 }
 
 // Size is about how many bytes the record holds in memory.

@@ -3,11 +3,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -48,6 +51,9 @@ func (p *topgun) Run(ctx context.Context, t *obs.Telemetry, out io.Writer) error
 	if err != nil {
 		return err
 	}
+	if err := p.checkOperator(config, t.Logger); err != nil {
+		return err
+	}
 	client, err := net.Listen("tcp", p.Listen)
 	if err != nil {
 		return fmt.Errorf("listen for clients: %w", err)
@@ -61,6 +67,25 @@ func (p *topgun) Run(ctx context.Context, t *obs.Telemetry, out io.Writer) error
 		// Nobody reads: the server goes on all the same.
 		_, _ = io.WriteString(out, p.banner(config, client.Addr().String(), operator.Addr().String()))
 	})
+}
+
+// checkOperator refuses an operator port that would undo what the client port asks
+// for: it has no authentication, and the partition's API behind it reads and writes
+// every map.
+func (p *topgun) checkOperator(config allinone.Config, log *slog.Logger) error {
+	host, _, err := net.SplitHostPort(cmp.Or(p.OperatorListen, defaultOperator))
+	if err != nil {
+		return errors.New("operator listen address: want host:port, for example 127.0.0.1:8081")
+	}
+	if addr, err := netip.ParseAddr(host); host == "localhost" || err == nil && addr.Unmap().IsLoopback() {
+		return nil
+	}
+	if !config.Gateway.Auth.Configured() && !p.NoAuth {
+		return errors.New("the operator port reads and writes everything and asks for no token: " +
+			"listen on 127.0.0.1, or say --no-auth to serve everybody")
+	}
+	log.Warn("the operator port asks for no token and reads and writes everything: keep clients away from it")
+	return nil
 }
 
 // listenOperator opens the operator port. Somebody who said nothing about it should

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"errors"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -135,6 +137,35 @@ func TestServingOthersNeedsAKeyOrTheWord(t *testing.T) {
 		}
 		if got := config.Gateway.Validate() == nil; got != c.ok {
 			t.Errorf("%v: accepted %t, want %t", c.args, got, c.ok)
+		}
+	}
+}
+
+// The operator port gives what the client port asks a token for.
+func TestOperatorPortIsNotOpenedByAccident(t *testing.T) {
+	key := map[string]string{"JWT_SECRET": strings.Repeat("s", 32)}
+	for _, c := range []struct {
+		environment map[string]string
+		args        []string
+		ok, warned  bool
+	}{
+		{nil, nil, true, false},
+		{nil, []string{"--operator-listen", "localhost:0"}, true, false},
+		{nil, []string{"--operator-listen", "[::1]:0"}, true, false},
+		{nil, []string{"--operator-listen", "0.0.0.0:0"}, false, false},
+		{nil, []string{"--operator-listen", ":0"}, false, false},
+		{nil, []string{"--operator-listen", "0.0.0.0"}, false, false},
+		{nil, []string{"--operator-listen", "0.0.0.0:0", "--no-auth"}, true, true},
+		{key, []string{"--operator-listen", "0.0.0.0:0"}, true, true},
+	} {
+		program, config, err := parse(t, c.environment, c.args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var lines bytes.Buffer
+		err = program.checkOperator(config, slog.New(slog.NewTextHandler(&lines, nil)))
+		if (err == nil) != c.ok || strings.Contains(lines.String(), "WARN") != c.warned {
+			t.Errorf("%v: %v, log %q", c.args, err, lines.String())
 		}
 	}
 }

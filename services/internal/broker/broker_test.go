@@ -46,7 +46,7 @@ func appendMessage(t *testing.T, embedded *broker.Embedded, storage jetstream.St
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if _, err := js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{Name: "S", Subjects: []string{"s"}, Storage: storage}); err != nil {
 		t.Fatal(err)
@@ -145,7 +145,7 @@ func TestConnectWaitsForTheBroker(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("not connected although the broker is there")
 	}
 }
@@ -184,7 +184,7 @@ func TestBadEmbeddedConfig(t *testing.T) {
 	}
 	begun := time.Now()
 	_, err := broker.StartEmbedded(broker.EmbeddedConfig{Dir: file})
-	if err == nil || !strings.Contains(err.Error(), "JetStream") || time.Since(begun) > 10*time.Second {
+	if err == nil || !strings.Contains(err.Error(), "JetStream") || time.Since(begun) > 20*time.Second {
 		t.Errorf("a folder that is a file: %v after %s", err, time.Since(begun))
 	}
 }
@@ -208,7 +208,7 @@ func TestConnectionLog(t *testing.T) {
 		select {
 		case line := <-log:
 			all += line
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("not in the log: %s", all)
 		}
 	}

@@ -17,8 +17,10 @@ const (
 	dialTimeout = 2 * time.Second
 	// retryWait is the pause between attempts, and retryJitter what chance adds, so
 	// that many processes do not come back at the same moment.
-	retryWait   = 250 * time.Millisecond
-	retryJitter = 250 * time.Millisecond
+	retryWait = 250 * time.Millisecond
+	// complainEvery is how often the log says that the first connection is waited for.
+	complainEvery = 10 * time.Second
+	retryJitter   = 250 * time.Millisecond
 	// pingInterval with two unanswered pings finds a half-open connection in ten
 	// seconds (SYN-06).
 	pingInterval = 5 * time.Second
@@ -37,11 +39,15 @@ func Connect(ctx context.Context, rawURL, name string, logger *slog.Logger) (*na
 	if err != nil {
 		return nil, err
 	}
-	return connect(ctx, rawURL, shown, options(name, shown, logger))
+	if logger == nil {
+		logger = slog.New(slog.DiscardHandler)
+	}
+	return connect(ctx, rawURL, shown, logger, options(name, shown, logger))
 }
 
-func connect(ctx context.Context, rawURL, shown string, opts []nats.Option) (*nats.Conn, error) {
+func connect(ctx context.Context, rawURL, shown string, logger *slog.Logger, opts []nats.Option) (*nats.Conn, error) {
 	var last error
+	complained := time.Time{}
 	for {
 		nc, err := nats.Connect(rawURL, opts...)
 		if err == nil {
@@ -55,6 +61,10 @@ func connect(ctx context.Context, rawURL, shown string, opts []nats.Option) (*na
 			return nil, fmt.Errorf("connect to the broker at %s: %w", shown, err)
 		}
 		last = err
+		if time.Since(complained) >= complainEvery {
+			complained = time.Now()
+			logger.Warn("waiting for the broker", "broker", shown, "error", err)
+		}
 		select {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("the broker at %s is unreachable: %w (%w)", shown, last, ctx.Err())
@@ -65,9 +75,6 @@ func connect(ctx context.Context, rawURL, shown string, opts []nats.Option) (*na
 
 // options are the same for every connection of ours.
 func options(name, shown string, logger *slog.Logger) []nats.Option {
-	if logger == nil {
-		logger = slog.New(slog.DiscardHandler)
-	}
 	logger = logger.With("connection", name)
 	return []nats.Option{
 		nats.Name(name),

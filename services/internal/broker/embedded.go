@@ -155,7 +155,7 @@ func (e *Embedded) Connect(name string) (*nats.Conn, error) {
 	opts := append(options(name, "embedded", e.logger), nats.InProcessServer(e.server))
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
-	nc, err := connect(ctx, "", "embedded", opts)
+	nc, err := connect(ctx, "", "embedded", e.logger, opts)
 	if err != nil {
 		return nil, err
 	}

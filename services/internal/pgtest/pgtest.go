@@ -121,7 +121,7 @@ func (s *Server) NewDatabase(tb testing.TB) string {
 }
 
 func (s *Server) exec(statement string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	conn, err := pgx.Connect(ctx, s.admin)
 	if err != nil {
@@ -234,7 +234,7 @@ func (s *Server) run() error {
 	if err != nil {
 		return fmt.Errorf("start postgres: %w", err)
 	}
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		if err = s.exec("SELECT 1"); err == nil {
 			s.process = cmd

@@ -556,7 +556,7 @@ func TestServeStops(t *testing.T) {
 		if _, err := stream.Receive(); err != nil {
 			t.Fatal(err)
 		}
-		if took, err := stop(); err != nil || took > 10*time.Second {
+		if took, err := stop(); err != nil || took > 30*time.Second {
 			t.Errorf("stopped after %s: %v", took, err)
 		}
 	})
@@ -571,7 +571,7 @@ func TestServeStops(t *testing.T) {
 		if err := stream.Receive(&response); err != nil {
 			t.Fatal(err)
 		}
-		if took, err := stop(); err != nil || took > 10*time.Second {
+		if took, err := stop(); err != nil || took > 30*time.Second {
 			t.Errorf("stopped after %s: %v", took, err)
 		}
 	})

@@ -96,7 +96,7 @@ func (g *Group) Run(ctx context.Context) error {
 			stop = true
 			break
 		}
-		g.Logger.Info("started", "actor", actor.Name)
+		g.Logger.Debug("started", "actor", actor.Name)
 	}
 	if !stop {
 		select {
@@ -158,7 +158,7 @@ func (g *Group) stopAll(running []started) []string {
 		}
 		select {
 		case <-s.done:
-			g.Logger.Info("stopped", "actor", s.name)
+			g.Logger.Debug("stopped", "actor", s.name)
 		case <-deadline.C:
 			late = true
 		}

@@ -296,13 +296,19 @@ func apply(ctx context.Context, tx *sql.Tx, batch persistence.Batch) (changed in
 		return 0, err
 	}
 	defer func() { _ = upsert.Close() }() // ends with the transaction anyway
+	// A row takes microseconds: between rows is often enough to look whether the time is
+	// over, while the driver would start a goroutine for each to watch for it.
+	row := context.WithoutCancel(ctx)
 	// In the tree's order it is written page by page.
 	for _, r := range sorted(batch.Records) {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
 		args, err := arguments(r)
 		if err != nil {
 			return 0, err
 		}
-		result, err := upsert.ExecContext(ctx, args...)
+		result, err := upsert.ExecContext(row, args...)
 		if err != nil {
 			return 0, err
 		}

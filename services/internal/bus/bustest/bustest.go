@@ -63,7 +63,7 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 }
 
 // patience bounds the wait for what must come.
-const patience = 10 * time.Second
+const patience = time.Minute
 
 func event(mapName string, sequence uint64) *fanoutv1.Event {
 	return &fanoutv1.Event{Map: mapName, Shard: 1, Lane: "lane", Sequence: sequence}
