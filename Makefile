@@ -50,7 +50,7 @@ build: ## Build everything: as a workspace, module by module, and the binaries i
 .PHONY: test
 test: tools postgres ## Run all tests with the race detector, none skipped, none from the cache.
 	@mkdir -p $(BIN)
-	CGO_ENABLED=1 $(BIN)/gotestsum --format pkgname --jsonfile $(BIN)/test.json -- -race -count=1 -shuffle=on -timeout 10m work
+	CGO_ENABLED=1 $(BIN)/gotestsum --format pkgname --jsonfile $(BIN)/test.json -- -race -count=1 -shuffle=on -timeout 20m work
 	@if grep '"Action":"skip"' $(BIN)/test.json | grep '"Test":'; then \
 		echo "the tests above were skipped: a test runs, or it is not there" >&2; exit 1; \
 	fi

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -47,6 +46,9 @@ func TestSlowReaderGetsARoot(t *testing.T) {
 	want := map[string]hlc.Timestamp{}
 	n := 0
 	for s.k.meters.drops.Load() == 0 {
+		if n == 10_000 {
+			t.Fatal("of 40 MB that a client does not read nothing was dropped")
+		}
 		ts := stamp(uint64(n + 1))
 		key := fmt.Sprint("k", n%50)
 		want[key] = ts
@@ -190,7 +192,7 @@ func TestDrain(t *testing.T) {
 	busy.send(&wire.OpBatch{Ops: []wire.Op{putOp("1", "m", "k", "v", stamp(1))}})
 	<-g.entered
 	drained := make(chan int, 1)
-	go func() { drained <- b.service.sockets.drain(context.Background(), 10*time.Millisecond) }()
+	go func() { drained <- b.service.sockets.drain(within(t, patience), 10*time.Millisecond) }()
 	if code, before := idle.closed(); code != 1012 || len(before) != 0 {
 		t.Errorf("idle: closed with %d after %d messages", code, len(before))
 	}
