@@ -144,7 +144,7 @@ func (s *Service) setTrouble(ctx context.Context, trouble error) {
 		s.logger.ErrorContext(ctx, "the drain has halted; nothing more is stored until an operator has looked", "error", trouble)
 	case trouble != nil && (before == nil || errors.Is(before, errStarting)):
 		s.logger.WarnContext(ctx, "the log is not being stored", "error", trouble)
-	case trouble == nil && before != nil:
+	case trouble == nil && before != nil && !errors.Is(before, errStarting):
 		s.logger.InfoContext(ctx, "the log is being stored", "sequence", s.storedSequence())
 	}
 }
