@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net/http"
 	"time"
@@ -57,20 +56,4 @@ func Serve(ctx context.Context, what, address string, service Service, t *obs.Te
 		group.Add(actor)
 	}
 	return group.Run(ctx)
-}
-
-// Wait calls open until it succeeds or ctx ends, since the parts of a cluster start
-// in any order.
-func Wait(ctx context.Context, t *obs.Telemetry, what string, open func(context.Context) error) error {
-	for wait := 250 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
-		err := open(ctx)
-		if err == nil || ctx.Err() != nil {
-			return errors.Join(err, ctx.Err())
-		}
-		t.Logger.Warn("waiting for "+what, "error", err)
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
-		}
-	}
 }
