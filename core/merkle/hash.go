@@ -19,6 +19,13 @@ func Hash(s string) uint32 { return hashOn(fnvOffset, s) }
 // HashBytes is Hash of the string with these bytes.
 func HashBytes(b []byte) uint32 { return hashOn(fnvOffset, b) }
 
+// Extend continues a hash with the code units of a string: Extend(Hash(s), t) is
+// Hash(s + t), where s ends with a whole character.
+func Extend[T string | []byte](h uint32, s T) uint32 { return hashOn(h, s) }
+
+// ExtendByte is Extend by one ASCII character.
+func ExtendByte(h uint32, c byte) uint32 { return (h ^ uint32(c)) * fnvPrime }
+
 // hashOn continues the hash h with the code units of s.
 func hashOn[T string | []byte](h uint32, s T) uint32 {
 	for i := range len(s) {

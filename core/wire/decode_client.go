@@ -26,6 +26,9 @@ type decoder struct {
 	reader
 	lim  Limits
 	deep bool // some value may be nested too deeply
+	// clientNode is the last node id that checkNodeID accepted. The stamps of a frame
+	// mostly have the same.
+	clientNode string
 }
 
 // open begins to read data.
@@ -105,6 +108,38 @@ func (d *decoder) client(frame []byte) (Message, *Error) {
 		return payload(d, env, d.querySub)
 	case "QUERY_UNSUB":
 		return payload(d, env, d.queryUnsub)
+	case "ORMAP_MERKLE_REQ_BUCKET":
+		return payload(d, env, d.orMapMerkleReqBucket)
+	case "ORMAP_PUSH_DIFF":
+		return payload(d, env, d.orMapPushDiff)
+	case "ORMAP_DIFF_REQUEST":
+		return payload(d, env, d.orMapDiffRequest)
+	case "CLIENT_APPLY_ACK":
+		return d.clientApplyAck()
+	case "TOPIC_SUB":
+		m := new(TopicSub)
+		return payload(d, env, func() (Message, *Error) { return m, d.topic(&m.Topic) })
+	case "TOPIC_UNSUB":
+		m := new(TopicUnsub)
+		return payload(d, env, func() (Message, *Error) { return m, d.topic(&m.Topic) })
+	case "TOPIC_PUB":
+		return payload(d, env, d.topicPub)
+	case "COUNTER_REQUEST":
+		return payload(d, env, d.counterRequest)
+	case "COUNTER_SYNC":
+		return payload(d, env, d.counterSync)
+	case "LOCK_REQUEST":
+		return payload(d, env, d.lockRequest)
+	case "LOCK_RELEASE":
+		return payload(d, env, d.lockRelease)
+	case "JOURNAL_READ":
+		return d.journalRead()
+	case "JOURNAL_SUBSCRIBE":
+		return d.journalSubscribe()
+	case "JOURNAL_UNSUBSCRIBE":
+		return d.journalUnsubscribe()
+	case "PARTITION_MAP_REQUEST":
+		return d.partitionMapRequest(env)
 	}
 	return d.other(env, frame)
 }
@@ -281,25 +316,29 @@ func (d *decoder) hash(field string, into *uint32) *Error {
 
 func (d *decoder) merkleReqBucket() (Message, *Error) {
 	m := new(MerkleReqBucket)
+	return m, d.bucketRequest(&m.MapName, &m.Path)
+}
+
+func (d *decoder) bucketRequest(mapName, path *string) *Error {
 	err := d.fields("payload", func(key []byte) *Error {
 		switch string(key) {
 		case "mapName":
-			return d.readMapName(&m.MapName)
+			return d.readMapName(mapName)
 		case "path":
 			s, ok := d.str()
 			if _, _, isPath := merkle.LeafRange(alias(s)); !ok || !isPath {
 				return badMessage("path must be a string of 0 to 3 lowercase hex digits")
 			}
-			m.Path = string(s)
+			*path = string(s)
 			return nil
 		}
 		d.skip()
 		return nil
 	})
 	if err == nil {
-		err = CheckMapName(m.MapName)
+		err = CheckMapName(*mapName)
 	}
-	return m, err
+	return err
 }
 
 func (d *decoder) queryUnsub() (Message, *Error) {
@@ -360,9 +399,13 @@ func (d *decoder) query(field string) ([]byte, *Error) {
 	case !isMap(q):
 		return nil, badMessage(field + " must be a map")
 	case len(q) > d.lim.MaxQueryBytes || d.tooDeep(q):
-		return nil, &Error{Name: QueryTooComplex, Code: 400, Text: "the query is too large or nested too deeply"}
+		return nil, queryTooComplex()
 	}
 	return q, nil
+}
+
+func queryTooComplex() *Error {
+	return &Error{Name: QueryTooComplex, Code: 400, Text: "the query is too large or nested too deeply"}
 }
 
 // maxFields bounds the fields of a projection.
@@ -406,10 +449,6 @@ func (d *decoder) other(env envelope, frame []byte) (Message, *Error) {
 			into = &m.SubscriptionID
 		case "id":
 			into = &m.ID
-		case "name":
-			into = &m.Name
-		case "topic":
-			into = &m.Topic
 		case "mapName":
 			into = &m.MapName
 		default:

@@ -117,11 +117,11 @@ func (d *decoder) op(op *Op) *Error {
 			raw.kind, raw.kindErr = d.bytes("opType")
 		case "record":
 			if raw.hasRecord = !d.isNil(); raw.hasRecord {
-				raw.recordErr = d.record(&raw.record, true)
+				raw.recordErr = d.record(&raw.record, clientStamps)
 			}
 		case "orRecord":
 			if raw.hasORRecord = !d.isNil(); raw.hasORRecord {
-				raw.recordErr = d.record(&raw.record, true)
+				raw.recordErr = d.record(&raw.record, orRecord|clientStamps)
 			}
 		case "orTag":
 			raw.tag, raw.tagErr = d.bytes("orTag")
@@ -174,28 +174,46 @@ func (d *decoder) finish(op *Op, raw *rawOp) *Error {
 	if op.Kind = raw.opKind(); op.Kind == 0 {
 		return badMessage("opType must be PUT, REMOVE, OR_ADD or OR_REMOVE")
 	}
+	if raw.hasRecord && raw.hasORRecord {
+		return badMessage("an operation has record or orRecord, not both")
+	}
 	switch op.Kind {
 	case OpPut, OpRemove:
 		return d.finishLWW(op, raw)
 	case OpORAdd:
-		if !raw.hasORRecord {
-			return badMessage("orRecord is missing; want a map")
-		}
-		op.Record, op.Tag = raw.record.Record, string(raw.record.tag)
-		if len(raw.record.tag) == 0 || len(op.Tag) > maxKey {
-			return badMessage("orRecord.tag must be a string of 1 to 512 bytes")
-		}
-		return d.checkValue(op.Record.Value)
+		return d.finishORAdd(op, raw)
 	default:
-		if op.Tag = string(raw.tag); op.Tag == "" || len(op.Tag) > maxKey {
-			return badMessage("orTag must be a string of 1 to 512 bytes")
-		}
-		if !raw.hasTimestamp {
-			return badMessage("timestamp is missing; want a map of millis, counter and nodeId")
-		}
-		op.Record.Timestamp = raw.timestamp
-		return nil
+		return d.finishORRemove(op, raw)
 	}
+}
+
+func (d *decoder) finishORAdd(op *Op, raw *rawOp) *Error {
+	if !raw.hasORRecord {
+		return badMessage("orRecord is missing; want a map")
+	}
+	if err := d.checkTag(raw.record.tag); err != nil {
+		return err
+	}
+	op.Record, op.Tag = raw.record.Record, string(raw.record.tag)
+	return d.checkValue(op.Record.Value)
+}
+
+func (d *decoder) finishORRemove(op *Op, raw *rawOp) *Error {
+	if len(raw.tag) == 0 {
+		return badMessage("orTag is missing; want the tag of the record to remove")
+	}
+	if err := d.checkTag(raw.tag); err != nil {
+		return err
+	}
+	if !raw.hasTimestamp {
+		return noStamp()
+	}
+	op.Record.Timestamp, op.Tag = raw.timestamp, string(raw.tag)
+	return nil
+}
+
+func noStamp() *Error {
+	return badMessage("timestamp is missing; want a map of millis, counter and nodeId")
 }
 
 func (d *decoder) finishLWW(op *Op, raw *rawOp) *Error {
@@ -314,17 +332,26 @@ type rawRecord struct {
 	tag []byte
 }
 
-// record reads a record. A nil or missing value is a tombstone. The stamp is
-// held to the rules for clients' stamps if fromClient.
-func (d *decoder) record(into *rawRecord, fromClient bool) *Error {
+// recordForm says how a record is read.
+type recordForm uint8
+
+const (
+	// clientStamps holds the stamp to the rules for those that clients make.
+	clientStamps recordForm = 1 << iota
+	// orRecord: a tag is needed, and a nil or missing value is the value nil. In
+	// other records it is a tombstone.
+	orRecord
+)
+
+// record reads a record. It reads all of it whatever is wrong with it, so that
+// what follows can be read too.
+func (d *decoder) record(into *rawRecord, form recordForm) *Error {
 	*into = rawRecord{}
 	n, ok := d.mapHeader()
 	if !ok {
 		return badMessage("a record must be a map")
 	}
 	stamped := false
-	// Everything is read even after an error, so that what follows the record
-	// can be read too.
 	var keyErr, ttlErr, stampErr, tagErr *Error
 	for range n {
 		key, ok := d.str()
@@ -340,7 +367,7 @@ func (d *decoder) record(into *rawRecord, fromClient bool) *Error {
 			}
 		case "timestamp":
 			stamped = true
-			if fromClient {
+			if form&clientStamps != 0 {
 				into.Timestamp, stampErr = d.clientStamp()
 			} else {
 				into.Timestamp, stampErr = d.stamp()
@@ -354,7 +381,11 @@ func (d *decoder) record(into *rawRecord, fromClient bool) *Error {
 		}
 	}
 	if into.Deleted() {
-		into.TTLMillis = 0 // a tombstone does not expire
+		if form&orRecord != 0 {
+			into.Value = msgval.AppendNil(nil)
+		} else {
+			into.TTLMillis = 0 // a tombstone does not expire
+		}
 	}
 	switch {
 	case keyErr != nil:
@@ -367,6 +398,8 @@ func (d *decoder) record(into *rawRecord, fromClient bool) *Error {
 		return tagErr
 	case !stamped:
 		return badMessage("the timestamp of a record is missing; want a map of millis, counter and nodeId")
+	case form&orRecord != 0 && len(into.tag) == 0:
+		return badMessage("the tag of an OR record is missing; want a string")
 	}
 	return nil
 }
@@ -374,7 +407,7 @@ func (d *decoder) record(into *rawRecord, fromClient bool) *Error {
 // serverRecord reads a record that a server sent.
 func (d *decoder) serverRecord(into *lwwmap.Record) *Error {
 	var raw rawRecord
-	err := d.record(&raw, false)
+	err := d.record(&raw, 0)
 	*into = raw.Record
 	return err
 }
@@ -402,8 +435,11 @@ func (d *decoder) ttl() (uint64, *Error) {
 // clientStamp reads a stamp that a client made.
 func (d *decoder) clientStamp() (hlc.Timestamp, *Error) {
 	t, err := d.stamp()
-	if err == nil {
-		err = checkNodeID(t.NodeID)
+	if err != nil || t.NodeID == d.clientNode && t.NodeID != "" {
+		return t, err
+	}
+	if err = checkNodeID(t.NodeID); err == nil {
+		d.clientNode = t.NodeID
 	}
 	return t, err
 }

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/binary"
+	"math"
 
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
@@ -19,7 +20,7 @@ func DecodeServer(frame []byte) (Message, error) {
 }
 
 func decodeServer(frame []byte, batchAllowed bool) (Message, *Error) {
-	d := decoder{lim: DefaultLimits()}
+	d := decoder{lim: serverLimits()}
 	env, err := d.openFrame(frame)
 	if err != nil {
 		return nil, err
@@ -35,7 +36,7 @@ func decodeServer(frame []byte, batchAllowed bool) (Message, *Error) {
 		return d.deviceAck()
 	case "PONG":
 		return d.pong()
-	case "BATCH":
+	case typeBatch:
 		if !batchAllowed {
 			return nil, badMessage("a BATCH must not be within a BATCH")
 		}
@@ -63,6 +64,48 @@ func decodeServer(frame []byte, batchAllowed bool) (Message, *Error) {
 		return timestamped(&d, env, m, &m.Timestamp, func() *Error { return d.batchEvent(m) })
 	case "QUERY_RESP":
 		return payload(&d, env, d.queryResp)
+	case typeQueryUpdate:
+		return payload(&d, env, d.queryUpdate)
+	case "GC_PRUNE":
+		return payload(&d, env, d.gcPrune)
+	}
+	return d.serverShared(env, frame)
+}
+
+// serverShared decodes what is of OR-maps, topics, counters, locks, the journal
+// and the cluster mode.
+func (d *decoder) serverShared(env envelope, frame []byte) (Message, *Error) {
+	switch string(env.typ) {
+	case "ORMAP_SYNC_RESP_ROOT":
+		return payload(d, env, d.orMapSyncRespRoot)
+	case "ORMAP_SYNC_RESP_BUCKETS":
+		return payload(d, env, d.orMapSyncRespBuckets)
+	case "ORMAP_SYNC_RESP_LEAF":
+		return payload(d, env, d.orMapSyncRespLeaf)
+	case "ORMAP_DIFF_RESPONSE":
+		return payload(d, env, d.orMapDiffResponse)
+	case "TOPIC_MESSAGE":
+		return payload(d, env, d.topicMessage)
+	case "COUNTER_RESPONSE":
+		m := new(CounterResponse)
+		return payload(d, env, func() (Message, *Error) { return m, d.counter(&m.Name, &m.State) })
+	case "COUNTER_UPDATE":
+		m := new(CounterUpdate)
+		return payload(d, env, func() (Message, *Error) { return m, d.counter(&m.Name, &m.State) })
+	case "LOCK_GRANTED":
+		return payload(d, env, d.lockGranted)
+	case "LOCK_RELEASED":
+		return payload(d, env, d.lockReleased)
+	case "JOURNAL_READ_RESPONSE":
+		return d.journalReadResponse()
+	case "JOURNAL_EVENT":
+		return d.journalEvent()
+	case typePartitionMap:
+		outside := *d
+		if m, err := payload(d, env, d.partitionMap); m != nil || err != nil {
+			return m, err
+		}
+		return outside.other(env, frame)
 	}
 	return d.other(env, frame)
 }
@@ -80,9 +123,16 @@ func timestamped(d *decoder, env envelope, m Message, into *hlc.Timestamp, decod
 	return payload(d, env, func() (Message, *Error) { return m, decode() })
 }
 
-// The bounds of strings that servers send. They are wide, since a client that
-// refuses a frame of its server can do nothing but lose it.
+// The bounds of what servers send. They are wide, since a client that refuses a
+// frame of its server can do nothing but lose it.
 const maxServerText = 1 << 20
+
+// serverLimits returns what a client holds its server to.
+func serverLimits() Limits {
+	lim := DefaultLimits()
+	lim.MaxCounterNodes = math.MaxInt // the size of the frame is bound enough
+	return lim
+}
 
 func (d *decoder) serverText(field string, into *string) *Error {
 	return d.text(field, maxServerText, into)
@@ -230,9 +280,7 @@ func (d *decoder) errorMessage() (Message, *Error) {
 		case "message":
 			return d.serverText("message", &m.Message)
 		case "details":
-			if m.Details = nil; !d.isNil() {
-				m.Details = d.raw()
-			}
+			m.Details = d.orNil()
 			return nil
 		}
 		d.skip()
@@ -259,14 +307,18 @@ func (d *decoder) syncRespRoot() (Message, *Error) {
 		return nil
 	})
 	if err == nil && !stamped {
-		err = badMessage("timestamp is missing; want a map of millis, counter and nodeId")
+		err = noStamp()
 	}
 	return m, err
 }
 
 func (d *decoder) syncRespBuckets() (Message, *Error) {
 	m := new(SyncRespBuckets)
-	err := d.fields("payload", func(key []byte) *Error {
+	return m, d.bucketResponse(m)
+}
+
+func (d *decoder) bucketResponse(m *SyncRespBuckets) *Error {
+	return d.fields("payload", func(key []byte) *Error {
 		switch string(key) {
 		case "mapName":
 			return d.readMapName(&m.MapName)
@@ -294,7 +346,6 @@ func (d *decoder) syncRespBuckets() (Message, *Error) {
 		d.skip()
 		return nil
 	})
-	return m, err
 }
 
 func hexDigit(c byte) bool { return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' }
@@ -444,6 +495,9 @@ func (d *decoder) batchEvent(m *ServerBatchEvent) *Error {
 }
 
 func (d *decoder) event(m *Event) *Error {
+	var or rawRecord
+	var orTag string
+	hasOR := false
 	err := d.fields("an event", func(key []byte) *Error {
 		switch string(key) {
 		case "mapName":
@@ -461,14 +515,52 @@ func (d *decoder) event(m *Event) *Error {
 				return nil
 			}
 			return d.serverRecord(&m.Record)
+		case "orRecord":
+			if hasOR = !d.isNil(); !hasOR {
+				return nil
+			}
+			return d.record(&or, orRecord)
+		case "orTag":
+			return d.serverText("orTag", &orTag)
 		}
 		d.skip()
 		return nil
 	})
-	if err == nil && m.EventType == 0 {
-		err = badMessage("eventType must be PUT, REMOVE, OR_ADD or OR_REMOVE")
+	switch {
+	case err != nil:
+		return err
+	case m.EventType == 0:
+		return badMessage("eventType must be PUT, REMOVE, OR_ADD or OR_REMOVE")
+	case m.EventType == OpORAdd:
+		if !hasOR {
+			return badMessage("orRecord is missing; want a map")
+		}
+		m.Record, m.HasRecord, m.Tag = or.Record, true, string(or.tag)
+	case m.EventType == OpORRemove:
+		if orTag == "" {
+			return badMessage("orTag is missing; want the tag of the record to remove")
+		}
+		m.Record, m.HasRecord, m.Tag = lwwmap.Record{}, false, orTag
 	}
-	return err
+	return nil
+}
+
+func (d *decoder) gcPrune() (Message, *Error) {
+	m := new(GCPrune)
+	stamped := false
+	err := d.fields("payload", func(key []byte) (err *Error) {
+		if string(key) == "olderThan" {
+			stamped = true
+			m.OlderThan, err = d.stamp()
+			return err
+		}
+		d.skip()
+		return nil
+	})
+	if err == nil && !stamped {
+		err = badMessage("olderThan is missing; want a map of millis, counter and nodeId")
+	}
+	return m, err
 }
 
 func (d *decoder) queryResp() (Message, *Error) {
@@ -497,6 +589,29 @@ func (d *decoder) queryResp() (Message, *Error) {
 	return m, err
 }
 
+func (d *decoder) queryUpdate() (Message, *Error) {
+	m := new(QueryUpdate)
+	err := d.fields("payload", func(key []byte) *Error {
+		switch string(key) {
+		case "queryId":
+			return d.serverText("queryId", &m.QueryID)
+		case "key":
+			return d.serverText("key", &m.Key)
+		case "value":
+			m.Value = d.orNil()
+			return nil
+		case "changeType":
+			return d.serverText("changeType", &m.ChangeType)
+		}
+		d.skip()
+		return nil
+	})
+	if err == nil && m.ChangeType != "ENTER" && m.ChangeType != "UPDATE" && m.ChangeType != "LEAVE" {
+		err = badMessage("changeType must be ENTER, UPDATE or LEAVE")
+	}
+	return m, err
+}
+
 // flag reads a bool, or nil, which is false.
 func (d *decoder) flag(field string, into *bool) *Error {
 	*into = false
@@ -517,9 +632,7 @@ func (d *decoder) keyValue(into *KeyValue) *Error {
 		case "key":
 			return d.serverText("key", &into.Key)
 		case "value":
-			if into.Value = nil; !d.isNil() {
-				into.Value = d.raw()
-			}
+			into.Value = d.orNil()
 			return nil
 		}
 		d.skip()

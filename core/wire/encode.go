@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/binary"
+	"math"
 
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
@@ -49,6 +50,14 @@ func appendMap(dst []byte, key string, n int) []byte {
 
 func appendArray(dst []byte, key string, n int) []byte {
 	return msgval.AppendArrayHeader(msgval.AppendString(dst, key), n)
+}
+
+func appendTexts(dst []byte, key string, list []string) []byte {
+	dst = appendArray(dst, key, len(list))
+	for _, s := range list {
+		dst = msgval.AppendString(dst, s)
+	}
+	return dst
 }
 
 // appendRaw appends a value that is msgpack already; empty stands for nil.
@@ -138,9 +147,13 @@ func (m *MerkleReqBucket) Type() string { return "MERKLE_REQ_BUCKET" }
 
 // AppendTo implements Message.
 func (m *MerkleReqBucket) AppendTo(dst []byte) []byte {
-	dst = appendWrapped(dst, m.Type(), 2)
-	dst = appendText(dst, "mapName", m.MapName)
-	return appendText(dst, "path", m.Path)
+	return appendBucketRequest(dst, m.Type(), m.MapName, m.Path)
+}
+
+func appendBucketRequest(dst []byte, typ, mapName, path string) []byte {
+	dst = appendWrapped(dst, typ, 2)
+	dst = appendText(dst, "mapName", mapName)
+	return appendText(dst, "path", path)
 }
 
 // Type implements Message.
@@ -172,9 +185,7 @@ func (op *Op) appendTo(dst []byte) []byte {
 	case OpORRemove:
 		dst = appendText(dst, "orTag", op.Tag)
 	case OpORAdd:
-		dst = appendMap(dst, "orRecord", pairs(3, hasTTL(op.Record)))
-		dst = appendRecordPairs(dst, op.Record)
-		dst = appendText(dst, "tag", op.Tag)
+		dst = appendORRecord(msgval.AppendString(dst, "orRecord"), op.Tag, op.Record)
 	default:
 		dst = appendRecord(dst, op.Record)
 	}
@@ -202,10 +213,7 @@ func (m *QuerySub) AppendTo(dst []byte) []byte {
 		dst = append(dst, m.Query...)
 	}
 	if m.Fields != nil {
-		dst = appendArray(dst, "fields", len(m.Fields))
-		for _, f := range m.Fields {
-			dst = msgval.AppendString(dst, f)
-		}
+		dst = appendTexts(dst, "fields", m.Fields)
 	}
 	return dst
 }
@@ -342,11 +350,15 @@ func (m *SyncRespBuckets) Type() string { return "SYNC_RESP_BUCKETS" }
 
 // AppendTo implements Message.
 func (m *SyncRespBuckets) AppendTo(dst []byte) []byte {
-	dst = appendWrapped(dst, m.Type(), 3)
-	dst = appendText(dst, "mapName", m.MapName)
-	dst = appendText(dst, "path", m.Path)
-	dst = appendMap(dst, "buckets", len(m.Buckets))
-	for _, b := range m.Buckets {
+	return appendBuckets(dst, m.Type(), m.MapName, m.Path, m.Buckets)
+}
+
+func appendBuckets(dst []byte, typ, mapName, path string, buckets []Bucket) []byte {
+	dst = appendWrapped(dst, typ, 3)
+	dst = appendText(dst, "mapName", mapName)
+	dst = appendText(dst, "path", path)
+	dst = appendMap(dst, "buckets", len(buckets))
+	for _, b := range buckets {
 		dst = append(dst, 0xa1, b.Digit) // a string of one byte
 		dst = msgval.AppendUint(dst, uint64(b.Hash))
 	}
@@ -455,16 +467,30 @@ func (m *ServerBatchEvent) AppendTo(dst []byte) []byte {
 	return dst
 }
 
-func (e *Event) pairs() int { return pairs(3, e.HasRecord) }
+// pairs counts the fields: an OR_REMOVE has a tag in place of a record.
+func (e *Event) pairs() int { return pairs(3, e.HasRecord || e.EventType == OpORRemove) }
 
 func (e *Event) appendPairs(dst []byte) []byte {
 	dst = appendText(dst, "mapName", e.MapName)
 	dst = appendText(dst, "eventType", e.EventType.String())
 	dst = appendText(dst, "key", e.Key)
-	if e.HasRecord {
-		dst = appendRecord(dst, e.Record)
+	switch {
+	case e.EventType == OpORRemove:
+		return appendText(dst, "orTag", e.Tag)
+	case !e.HasRecord:
+		return dst
+	case e.EventType == OpORAdd:
+		return appendORRecord(msgval.AppendString(dst, "orRecord"), e.Tag, e.Record)
 	}
-	return dst
+	return appendRecord(dst, e.Record)
+}
+
+// Type implements Message.
+func (m *GCPrune) Type() string { return "GC_PRUNE" }
+
+// AppendTo implements Message.
+func (m *GCPrune) AppendTo(dst []byte) []byte {
+	return appendStamp(appendWrapped(dst, m.Type(), 1), "olderThan", m.OlderThan)
 }
 
 // Type implements Message.
@@ -493,6 +519,35 @@ func (m *QueryResp) AppendTo(dst []byte) []byte {
 	return dst
 }
 
+// Type implements Message.
+func (m *QueryUpdate) Type() string { return typeQueryUpdate }
+
+// AppendTo implements Message.
+func (m *QueryUpdate) AppendTo(dst []byte) []byte {
+	return AppendQueryUpdateTail(appendQueryUpdateHead(dst, m.QueryID), m.Key, m.Value, m.ChangeType)
+}
+
+const typeQueryUpdate = "QUERY_UPDATE"
+
+// AppendQueryUpdateTail appends what a QUERY_UPDATE is but for the id of the
+// query: the same for every session that has the query. AppendQueryUpdate makes
+// frames of it. An empty value stands for nil.
+func AppendQueryUpdateTail(dst []byte, key string, value []byte, changeType string) []byte {
+	dst = appendText(dst, "key", key)
+	dst = appendRaw(dst, "value", value)
+	return appendText(dst, "changeType", changeType)
+}
+
+// AppendQueryUpdate appends a QUERY_UPDATE frame with a tail that
+// AppendQueryUpdateTail made.
+func AppendQueryUpdate(dst []byte, queryID string, tail []byte) []byte {
+	return append(appendQueryUpdateHead(dst, queryID), tail...)
+}
+
+func appendQueryUpdateHead(dst []byte, queryID string) []byte {
+	return appendText(appendWrapped(dst, typeQueryUpdate, 4), "queryId", queryID)
+}
+
 // appendRows appends the rows of a query's result.
 func appendRows(dst []byte, rows []KeyValue) []byte {
 	dst = appendArray(dst, "results", len(rows))
@@ -505,7 +560,7 @@ func appendRows(dst []byte, rows []KeyValue) []byte {
 }
 
 // Type implements Message.
-func (m *Batch) Type() string { return "BATCH" }
+func (m *Batch) Type() string { return typeBatch }
 
 // AppendTo implements Message.
 func (m *Batch) AppendTo(dst []byte) []byte {
@@ -515,7 +570,40 @@ func (m *Batch) AppendTo(dst []byte) []byte {
 		data = inner.AppendTo(append(data, 0, 0, 0, 0))
 		binary.LittleEndian.PutUint32(data[at:], uint32(len(data)-at-4))
 	}
-	dst = appendFlat(dst, m.Type(), 3)
-	dst = appendNumber(dst, "count", uint64(len(m.Messages)))
+	dst = appendBatchHead(dst, len(m.Messages))
 	return msgval.AppendBin(msgval.AppendString(dst, "data"), data)
+}
+
+func appendBatchHead(dst []byte, count int) []byte {
+	return appendNumber(appendFlat(dst, typeBatch, 3), "count", uint64(count))
+}
+
+const typeBatch = "BATCH"
+
+// AppendBatch appends a BATCH frame of frames that are encoded already: PROTOCOL
+// 2.4. None of them may be a BATCH.
+func AppendBatch(dst []byte, frames ...[]byte) []byte {
+	size := 4
+	for _, f := range frames {
+		size += 4 + len(f)
+	}
+	dst = appendBatchHead(dst, len(frames))
+	dst = appendBinHeader(msgval.AppendString(dst, "data"), size)
+	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(frames)))
+	for _, f := range frames {
+		dst = binary.LittleEndian.AppendUint32(dst, uint32(len(f)))
+		dst = append(dst, f...)
+	}
+	return dst
+}
+
+// appendBinHeader appends the head of a byte string of n bytes.
+func appendBinHeader(dst []byte, n int) []byte {
+	switch {
+	case n <= math.MaxUint8:
+		return append(dst, 0xc4, byte(n))
+	case n <= math.MaxUint16:
+		return append(dst, 0xc5, byte(n>>8), byte(n))
+	}
+	return binary.BigEndian.AppendUint32(append(dst, 0xc6), uint32(n))
 }

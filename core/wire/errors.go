@@ -33,20 +33,28 @@ func badMessage(text string) *Error { return &Error{Name: BadMessage, Code: 400,
 
 // Limits bounds what the decoders of a server accept. All are inclusive.
 type Limits struct {
-	MaxOps        int // operations in a batch
-	MaxValueBytes int // encoded size of a value
-	MaxTokenBytes int // AUTH token
-	MaxQueryBytes int // encoded size of a query
-	MaxQueries    int // queries, maps and searches in one /sync request, each
+	MaxOps          int // operations in a batch
+	MaxValueBytes   int // encoded size of a value
+	MaxTokenBytes   int // AUTH token
+	MaxQueryBytes   int // encoded size of a query
+	MaxQueries      int // queries, maps and searches in one /sync request, each
+	MaxTagBytes     int // tag of an OR record
+	MaxTopicBytes   int // encoded size of what is published on a topic
+	MaxCounterNodes int // nodes in the state of a counter
+	MaxDiffKeys     int // keys in an ORMAP_DIFF_REQUEST
 }
 
 // DefaultLimits returns the limits of RELIABILITY 3.
 func DefaultLimits() Limits {
 	return Limits{
-		MaxOps:        1000,
-		MaxValueBytes: 256 << 10,
-		MaxTokenBytes: 8 << 10,
-		MaxQueryBytes: 64 << 10,
-		MaxQueries:    256,
+		MaxOps:          1000,
+		MaxValueBytes:   256 << 10,
+		MaxTokenBytes:   8 << 10,
+		MaxQueryBytes:   64 << 10,
+		MaxQueries:      256,
+		MaxTagBytes:     256,
+		MaxTopicBytes:   256 << 10,
+		MaxCounterNodes: 10_000,
+		MaxDiffKeys:     1000,
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"math"
+	"strings"
 	"testing"
 
 	"github.com/topgun-sync/topgun/core/msgval"
@@ -22,36 +23,63 @@ func frameSeeds(f *testing.F) {
 		}
 	}
 	f.Add(batch(opWith("record", 5), opWith("key", "")))
+	f.Add(batch(opWith("opType", "OR_ADD", "record", nil, "orRecord", orRecord(nil, goodStamp, "ttlMs", 5)), opWith("opType", "OR_REMOVE", "orTag", "t")))
+	f.Add(push(entry("k", []any{orRecord(nil, goodStamp), 5}, []any{"a", ""}), entry("l", nil, []any{"a", ""}), entry("", nil, nil)))
+	f.Add(wrapped("ORMAP_DIFF_REQUEST", "mapName", "m", "keys", []any{"a", "b"}))
+	f.Add(wrapped("COUNTER_SYNC", "name", "c", "state", pairs{"positive", pairs{"a", 1}, "n", pairs{"b", 2.0, "a", 0}, "p", pairs{"a", 7}}))
+	f.Add(wrapped("LOCK_REQUEST", "requestId", "r", "name", "l", "ttl", 0.5))
+	f.Add(wrapped("LOCK_RELEASE", "requestId", "r", "name", "l", "fencingToken", 1.7e15))
+	f.Add(flat("JOURNAL_READ", "requestId", "r", "fromSequence", "9223372036854775807", "limit", 5, "mapName", "m"))
+	f.Add(flat("JOURNAL_SUBSCRIBE", "requestId", "r", "fromSequence", 7, "types", []any{"PUT", "PUT"}))
+	f.Add((&wire.JournalEvent{Event: wire.JournalEntry{Sequence: 5, Type: "DELETE", MapName: "m", Key: "k", Tag: "t"}}).AppendTo(nil))
+	f.Add((&wire.PartitionMap{Version: 1, NodeID: "n", WebSocketURL: "ws://n"}).AppendTo(nil))
+	f.Add((&wire.ORMapSyncRespRoot{MapName: "m", FullResync: true}).AppendTo(nil))
+	f.Add(wire.AppendBatch(nil, (&wire.QueryUpdate{QueryID: "q", Key: "k", ChangeType: "LEAVE"}).AppendTo(nil)))
 	f.Add([]byte{0xdf, 0xff, 0xff, 0xff, 0xff})
 }
+
+// echo is input that no error may repeat.
+const echo = "ECHO me"
 
 // wireError fails unless err is an *Error with all its parts.
 func wireError(t *testing.T, err error) {
 	t.Helper()
 	var e *wire.Error
-	if !errors.As(err, &e) || e.Name == "" || e.Text == "" || e.Code < 400 || e.Code > 499 {
+	if !errors.As(err, &e) || e.Name == "" || e.Text == "" || e.Code < 400 || e.Code > 499 || strings.Contains(e.Text, echo) {
 		t.Errorf("error %#v", err)
 	}
 }
 
-// sound reports whether nothing in the message is marked as broken.
-func sound(m wire.Message) bool {
+// itemErrors returns what in the message is marked as broken.
+func itemErrors(m wire.Message) (errs []error) {
+	var one *wire.Error
 	switch m := m.(type) {
 	case *wire.OpBatch:
-		return soundOps(m.Ops)
+		return opErrors(m.Ops)
 	case *wire.QuerySub:
-		return m.Err == nil
+		one = m.Err
+	case *wire.LockRequest:
+		one = m.Err
+	case *wire.LockRelease:
+		one = m.Err
+	case *wire.JournalRead:
+		one = m.Err
+	case *wire.JournalSubscribe:
+		one = m.Err
 	}
-	return true
+	if one != nil {
+		errs = append(errs, one)
+	}
+	return errs
 }
 
-func soundOps(ops []wire.Op) bool {
+func opErrors(ops []wire.Op) (errs []error) {
 	for _, op := range ops {
 		if op.Err != nil {
-			return false
+			errs = append(errs, op.Err)
 		}
 	}
-	return true
+	return errs
 }
 
 // stable fails unless the encoding of a decoded message is read back as the same
@@ -59,7 +87,7 @@ func soundOps(ops []wire.Op) bool {
 func stable(t *testing.T, m wire.Message, decode func([]byte) (wire.Message, error)) {
 	t.Helper()
 	first := m.AppendTo(nil)
-	if !sound(m) {
+	if len(itemErrors(m)) > 0 {
 		return
 	}
 	again, err := decode(first)
@@ -105,14 +133,21 @@ func TestWrongKinds(t *testing.T) {
 	refused := 0
 	for _, in := range inputs {
 		for _, at := range values(in) {
-			for _, with := range []any{nil, true, -1, math.NaN(), uint64(math.MaxUint64), "", "x", []byte{1}, []any{nil}, pairs{}, pairs{"x", nil}, pairs{1, 2}} {
+			for _, with := range []any{nil, true, -1, math.NaN(), uint64(math.MaxUint64), "", "x", echo, []byte{1}, []any{nil}, pairs{}, pairs{"x", nil}, pairs{1, 2}} {
 				b := pack(bytes.Clone(in[:at]), with)
 				b = append(b, in[at+msgval.Skip(in[at:]):]...)
 				for _, decode := range []func([]byte) (wire.Message, error){decodeClient, wire.DecodeServer} {
 					if m, err := decode(b); err != nil {
 						wireError(t, err)
 						refused++
+						var e *wire.Error
+						if errors.As(err, &e) && e.OpsLost && !bytes.Contains(b, []byte("OP_BATCH")) {
+							t.Errorf("operations of %x are lost, which has none", b)
+						}
 					} else {
+						for _, err := range itemErrors(m) {
+							wireError(t, err)
+						}
 						stable(t, m, decode)
 					}
 				}
@@ -206,7 +241,7 @@ type exchange struct {
 func stableRequest(t *testing.T, r *wire.SyncRequest) {
 	t.Helper()
 	first := r.AppendTo(nil)
-	if !soundOps(r.Operations) {
+	if len(opErrors(r.Operations)) > 0 {
 		return
 	}
 	for _, m := range r.SyncMaps {
@@ -230,6 +265,12 @@ func stableRequest(t *testing.T, r *wire.SyncRequest) {
 
 func FuzzDecodeSyncRequest(f *testing.F) {
 	httpSeeds(f, func(request, _ exchange) { f.Add(unhex(f, request.Hex)) })
+	f.Add(pack(nil, pairs{
+		"syncMaps",
+		[]any{pairs{"mapName", "m", "type", "OR"}},
+		"queries",
+		[]any{pairs{"queryId", "q", "mapName", "m", "predicate", pairs{"op", "and"}, "sort", []any{}, "limit", 5, "filter", pairs{}}},
+	}))
 	f.Fuzz(func(t *testing.T, body []byte) {
 		r, err := wire.DecodeSyncRequest(body, wire.DefaultLimits())
 		if err != nil {
@@ -254,6 +295,9 @@ func FuzzDecodeSyncRequestJSON(f *testing.F) {
 
 func FuzzDecodeSyncResponse(f *testing.F) {
 	httpSeeds(f, func(_, response exchange) { f.Add(unhex(f, response.Hex)) })
+	f.Add(pack(nil, pairs{"serverHlc", goodStamp, "orDeltas", []any{
+		pairs{"mapName", "m", "entries", []any{entry("k", []any{orRecord(nil, goodStamp)}, []any{"a"})}, "serverSyncTimestamp", goodStamp, "hasMore", true},
+	}}))
 	f.Fuzz(func(t *testing.T, body []byte) {
 		r, err := wire.DecodeSyncResponse(body)
 		if err != nil {

@@ -18,6 +18,9 @@ type SyncRequest struct {
 // SyncMap asks for the changes of a map.
 type SyncMap struct {
 	MapName string
+	// OR asks for the OR-map of this name: the field type is "OR". The protocol has
+	// no such field, and without it the LWW-map is meant.
+	OR bool
 	// LastSync is the cursor of the last response, opaque to the client; the
 	// zero stamp asks for everything.
 	LastSync hlc.Timestamp
@@ -29,16 +32,21 @@ type SyncMap struct {
 type HTTPQuery struct {
 	QueryID string
 	MapName string
-	Where   []byte // msgpack map; nil: all records
-	Limit   uint64 // 0: not said
-	Offset  uint64
-	Cursor  string
+	// Query is the msgpack map Q of PROTOCOL 12.1 that the item amounts to: its filter
+	// (as where), predicate, sort, fields, groupBy, aggregations, limit, offset and
+	// cursor, as far as it has them; nil: none of them. It does not alias the frame.
+	// When it is encoded, the fields below count only if Query is nil.
+	Query  []byte
+	Where  []byte // msgpack map, the filter; nil: all records
+	Limit  uint64 // 0: not said
+	Offset uint64
+	Cursor string
 	// Err says why this query must be refused. QueryID is known.
 	Err *Error
 }
 
-// HTTPSearch is a search that is answered once. No search is served yet; the ids
-// are for the refusal.
+// HTTPSearch is a search that is answered once. No search is served; the ids are
+// for the refusal.
 type HTTPSearch struct {
 	SearchID string
 	MapName  string
@@ -50,6 +58,7 @@ type SyncResponse struct {
 	ServerHLC     hlc.Timestamp
 	Ack           *SyncAck
 	Deltas        []Delta
+	ORDeltas      []ORDelta // orDeltas, which the protocol does not have
 	QueryResults  []HTTPQueryResult
 	SearchResults []HTTPSearchResult
 	Errors        []SyncError
@@ -77,6 +86,16 @@ type DeltaRecord struct {
 	Key       string
 	Record    lwwmap.Record
 	EventType OpKind // OpPut or OpRemove; 0 when encoded: by the record
+}
+
+// ORDelta is the changes of one OR-map since its cursor, for clients that asked
+// with SyncMap.OR. It has the entries that changed, merged by the client as those
+// of a leaf are (PROTOCOL 6.2); the other fields are those of Delta.
+type ORDelta struct {
+	MapName             string
+	Entries             []OREntry
+	ServerSyncTimestamp hlc.Timestamp
+	HasMore             bool
 }
 
 // HTTPQueryResult answers an HTTPQuery.

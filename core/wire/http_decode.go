@@ -1,6 +1,8 @@
 package wire
 
 import (
+	"slices"
+
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
 	"github.com/topgun-sync/topgun/core/msgval"
@@ -75,29 +77,49 @@ func items[T any](d *decoder, field string, each func(*T) *Error) ([]T, *Error) 
 }
 
 func (d *decoder) syncMap(m *SyncMap) *Error {
+	var typeErr, stampErr *Error
 	err := d.fields("an element of syncMaps", func(key []byte) *Error {
 		switch string(key) {
 		case "mapName":
 			return d.readMapName(&m.MapName)
 		case "lastSyncTimestamp":
-			if d.isNil() {
-				m.LastSync = hlc.Timestamp{}
-				return nil
+			if m.LastSync, stampErr = (hlc.Timestamp{}), nil; !d.isNil() {
+				m.LastSync, stampErr = d.stamp()
 			}
-			m.LastSync, m.Err = d.stamp()
+			return nil
+		case "type":
+			m.OR, typeErr = d.mapType()
 			return nil
 		}
 		d.skip()
 		return nil
 	})
-	if m.Err == nil {
+	switch {
+	case typeErr != nil:
+		m.Err = typeErr
+	case stampErr != nil:
+		m.Err = stampErr
+	default:
 		m.Err = CheckMapName(m.MapName)
 	}
 	return err
 }
 
+// mapType reads which map of a name is meant, or nil, which is the LWW-map.
+func (d *decoder) mapType() (or bool, err *Error) {
+	if d.isNil() {
+		return false, nil
+	}
+	s, _ := d.str()
+	if or = string(s) == typeOR; !or && string(s) != "LWW" {
+		return false, badMessage("the type of a map must be OR or LWW")
+	}
+	return or, nil
+}
+
 func (d *decoder) httpQuery(q *HTTPQuery) *Error {
 	var whereErr, countErr *Error
+	var parts [len(queryParts)][]byte
 	err := d.fields("an element of queries", func(key []byte) *Error {
 		switch string(key) {
 		case "queryId":
@@ -113,7 +135,11 @@ func (d *decoder) httpQuery(q *HTTPQuery) *Error {
 		case "cursor":
 			return d.text("cursor", d.lim.MaxQueryBytes, &q.Cursor)
 		default:
-			d.skip()
+			if i := slices.Index(queryParts[:], string(key)); i >= 0 {
+				parts[i] = d.orNil()
+			} else {
+				d.skip()
+			}
 		}
 		return nil
 	})
@@ -127,9 +153,46 @@ func (d *decoder) httpQuery(q *HTTPQuery) *Error {
 	case countErr != nil:
 		q.Err = countErr
 	default:
-		q.Err = CheckMapName(q.MapName)
+		if q.Err = CheckMapName(q.MapName); q.Err == nil {
+			q.Query, q.Err = d.queryOf(q, parts)
+		}
 	}
 	return nil
+}
+
+// queryParts are the fields that an item of queries shares with the map Q of
+// PROTOCOL 12.1 and that are passed on as they are. The filter is where in Q.
+var queryParts = [...]string{"predicate", "sort", "fields", "groupBy", "aggregations"}
+
+// queryOf builds the map Q that the item amounts to, nil for an empty one.
+func (d *decoder) queryOf(q *HTTPQuery, parts [len(queryParts)][]byte) ([]byte, *Error) {
+	n := pairs(0, q.Where != nil, q.Limit != 0, q.Offset != 0, q.Cursor != "")
+	size := len(q.Where) + len(q.Cursor)
+	for _, part := range parts {
+		n += pairs(0, part != nil)
+		size += len(part)
+	}
+	if n == 0 {
+		return nil, nil
+	}
+	if size > d.lim.MaxQueryBytes { // not worth a copy
+		return nil, queryTooComplex()
+	}
+	const names = 128 // what the names of the fields take, about
+	b := msgval.AppendMapHeader(make([]byte, 0, size+names), n)
+	if q.Where != nil {
+		b = appendRaw(b, "where", q.Where)
+	}
+	for i, part := range parts {
+		if part != nil {
+			b = appendRaw(b, queryParts[i], part)
+		}
+	}
+	b = q.appendPage(b)
+	if len(b) > d.lim.MaxQueryBytes || d.tooDeep(b) {
+		return nil, queryTooComplex()
+	}
+	return b, nil
 }
 
 func (d *decoder) httpSearch(s *HTTPSearch) *Error {
@@ -150,7 +213,7 @@ func (d *decoder) httpSearch(s *HTTPSearch) *Error {
 // DecodeSyncResponse reads a msgpack response, for clients. It accepts any
 // bytes.
 func DecodeSyncResponse(body []byte) (*SyncResponse, error) {
-	d := decoder{lim: DefaultLimits()}
+	d := decoder{lim: serverLimits()}
 	if err := d.open(body); err != nil {
 		return nil, err
 	}
@@ -177,6 +240,8 @@ func (d *decoder) syncResponse() (*SyncResponse, *Error) {
 			err = d.syncAck(r.Ack)
 		case "deltas":
 			r.Deltas, err = array(d, "deltas", d.delta)
+		case "orDeltas":
+			r.ORDeltas, err = array(d, "orDeltas", d.orDelta)
 		case "queryResults":
 			r.QueryResults, err = array(d, "queryResults", d.httpQueryResult)
 		case "searchResults":
@@ -215,6 +280,25 @@ func (d *decoder) delta(m *Delta) *Error {
 			return d.readMapName(&m.MapName)
 		case "records":
 			m.Records, err = array(d, "records", d.deltaRecord)
+			return err
+		case "serverSyncTimestamp":
+			m.ServerSyncTimestamp, err = d.stamp()
+			return err
+		case "hasMore":
+			return d.flag("hasMore", &m.HasMore)
+		}
+		d.skip()
+		return nil
+	})
+}
+
+func (d *decoder) orDelta(m *ORDelta) *Error {
+	return d.fields("an element of orDeltas", func(key []byte) (err *Error) {
+		switch string(key) {
+		case "mapName":
+			return d.readMapName(&m.MapName)
+		case "entries":
+			m.Entries, err = d.serverEntries()
 			return err
 		case "serverSyncTimestamp":
 			m.ServerSyncTimestamp, err = d.stamp()

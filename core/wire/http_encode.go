@@ -21,9 +21,13 @@ func (r *SyncRequest) AppendTo(dst []byte) []byte {
 	if r.SyncMaps != nil {
 		dst = appendArray(dst, "syncMaps", len(r.SyncMaps))
 		for i := range r.SyncMaps {
-			dst = msgval.AppendMapHeader(dst, 2)
-			dst = appendText(dst, "mapName", r.SyncMaps[i].MapName)
-			dst = appendStamp(dst, "lastSyncTimestamp", r.SyncMaps[i].LastSync)
+			m := &r.SyncMaps[i]
+			dst = msgval.AppendMapHeader(dst, pairs(2, m.OR))
+			dst = appendText(dst, "mapName", m.MapName)
+			dst = appendStamp(dst, "lastSyncTimestamp", m.LastSync)
+			if m.OR {
+				dst = appendText(dst, "type", typeOR)
+			}
 		}
 	}
 	if r.Queries != nil {
@@ -44,13 +48,42 @@ func (r *SyncRequest) AppendTo(dst []byte) []byte {
 	return dst
 }
 
+// typeOR is the type of a SyncMap that asks for an OR-map.
+const typeOR = "OR"
+
 func (q *HTTPQuery) appendTo(dst []byte) []byte {
+	if len(q.Query) > 0 {
+		return q.appendQuery(dst)
+	}
 	dst = msgval.AppendMapHeader(dst, pairs(2, q.Where != nil, q.Limit != 0, q.Offset != 0, q.Cursor != ""))
 	dst = appendText(dst, "queryId", q.QueryID)
 	dst = appendText(dst, "mapName", q.MapName)
 	if q.Where != nil {
 		dst = appendRaw(dst, "filter", q.Where)
 	}
+	return q.appendPage(dst)
+}
+
+// appendQuery appends an item with the fields of Query.
+func (q *HTTPQuery) appendQuery(dst []byte) []byte {
+	fields := reader{data: q.Query}
+	n, _ := fields.mapHeader()
+	dst = msgval.AppendMapHeader(dst, 2+n)
+	dst = appendText(dst, "queryId", q.QueryID)
+	dst = appendText(dst, "mapName", q.MapName)
+	for range n {
+		key, _ := fields.str()
+		name := string(key)
+		if name == "where" {
+			name = "filter"
+		}
+		dst = appendRaw(dst, name, fields.raw())
+	}
+	return dst
+}
+
+// appendPage appends the fields that say which part of the rows is wanted.
+func (q *HTTPQuery) appendPage(dst []byte) []byte {
 	if q.Limit != 0 {
 		dst = appendNumber(dst, "limit", q.Limit)
 	}
@@ -65,7 +98,7 @@ func (q *HTTPQuery) appendTo(dst []byte) []byte {
 
 // AppendTo appends the response as msgpack.
 func (r *SyncResponse) AppendTo(dst []byte) []byte {
-	dst = msgval.AppendMapHeader(dst, pairs(1, r.Ack != nil, r.Deltas != nil, r.QueryResults != nil, r.SearchResults != nil, r.Errors != nil))
+	dst = msgval.AppendMapHeader(dst, pairs(1, r.Ack != nil, r.Deltas != nil, r.ORDeltas != nil, r.QueryResults != nil, r.SearchResults != nil, r.Errors != nil))
 	dst = appendStamp(dst, "serverHlc", r.ServerHLC)
 	if r.Ack != nil {
 		dst = appendMap(dst, "ack", pairs(1, r.Ack.Results != nil))
@@ -78,6 +111,12 @@ func (r *SyncResponse) AppendTo(dst []byte) []byte {
 		dst = appendArray(dst, "deltas", len(r.Deltas))
 		for i := range r.Deltas {
 			dst = r.Deltas[i].appendTo(dst)
+		}
+	}
+	if r.ORDeltas != nil {
+		dst = appendArray(dst, "orDeltas", len(r.ORDeltas))
+		for i := range r.ORDeltas {
+			dst = r.ORDeltas[i].appendTo(dst)
 		}
 	}
 	if r.QueryResults != nil {
@@ -118,6 +157,17 @@ func (m *Delta) appendTo(dst []byte) []byte {
 		dst = appendRecord(dst, r.Record)
 		dst = appendText(dst, "eventType", kind.String())
 	}
+	dst = appendStamp(dst, "serverSyncTimestamp", m.ServerSyncTimestamp)
+	if m.HasMore {
+		dst = appendFlag(dst, "hasMore", true)
+	}
+	return dst
+}
+
+func (m *ORDelta) appendTo(dst []byte) []byte {
+	dst = msgval.AppendMapHeader(dst, pairs(3, m.HasMore))
+	dst = appendText(dst, "mapName", m.MapName)
+	dst = appendEntries(dst, m.Entries)
 	dst = appendStamp(dst, "serverSyncTimestamp", m.ServerSyncTimestamp)
 	if m.HasMore {
 		dst = appendFlag(dst, "hasMore", true)
@@ -191,6 +241,12 @@ func (r *SyncResponse) jsonable() *SyncResponse {
 			leftOut(d.MapName)
 		}
 	}
+	c.ORDeltas = slices.Clone(r.ORDeltas)
+	for i := range c.ORDeltas {
+		if d := &c.ORDeltas[i]; d.jsonable() {
+			leftOut(d.MapName)
+		}
+	}
 	rows := func(context string, rows []KeyValue) []KeyValue {
 		kept := slices.DeleteFunc(slices.Clone(rows), func(r KeyValue) bool { return !hasJSON(r.Key, r.Value) })
 		if len(kept) < len(rows) {
@@ -210,6 +266,32 @@ func (r *SyncResponse) jsonable() *SyncResponse {
 	}
 	return &c
 }
+
+// jsonable replaces the entries by what of them has a JSON form, and reports
+// whether something is left out.
+func (m *ORDelta) jsonable() (leftOut bool) {
+	all := m.Entries
+	m.Entries = make([]OREntry, 0, len(all))
+	for _, e := range all {
+		if CheckKey(e.Key) != nil {
+			leftOut = true
+			continue
+		}
+		kept := OREntry{
+			Key: e.Key,
+			Records: slices.DeleteFunc(slices.Clone(e.Records), func(r ORRecord) bool {
+				return !plain(r.Tag) || !hasJSON(e.Key, r.Record.Value)
+			}),
+			Tombstones: slices.DeleteFunc(slices.Clone(e.Tombstones), func(tag string) bool { return !plain(tag) }),
+		}
+		leftOut = leftOut || len(kept.Records) < len(e.Records) || len(kept.Tombstones) < len(e.Tombstones)
+		m.Entries = append(m.Entries, kept)
+	}
+	return leftOut
+}
+
+// plain reports whether s has a JSON form.
+func plain(s string) bool { return plainText(s) == s }
 
 // hasJSON reports whether a key and a value have a JSON form.
 func hasJSON(key string, value []byte) bool {

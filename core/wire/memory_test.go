@@ -1,13 +1,17 @@
 package wire_test
 
 import (
+	"bytes"
+	"encoding/binary"
 	"fmt"
+	"runtime"
 	"testing"
 	"unsafe"
 
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
 	"github.com/topgun-sync/topgun/core/merkle"
+	"github.com/topgun-sync/topgun/core/msgval"
 	"github.com/topgun-sync/topgun/core/wire"
 )
 
@@ -62,9 +66,21 @@ func TestAllocations(t *testing.T) {
 	buf := make([]byte, 0, 1<<16)
 	event := &wire.ServerEvent{Event: wire.Event{MapName: op.MapName, EventType: op.Kind, Key: op.Key, Record: op.Record, HasRecord: true}}
 	ack := &wire.OpAck{LastID: "17", AchievedLevel: "APPLIED"}
+	add := &wire.ServerEvent{Event: wire.Event{MapName: op.MapName, EventType: wire.OpORAdd, Key: op.Key, Record: op.Record, HasRecord: true, Tag: "t"}}
+	drop := &wire.ServerEvent{Event: wire.Event{MapName: op.MapName, EventType: wire.OpORRemove, Key: op.Key, Tag: "t"}}
+	orLeaf := &wire.ORMapSyncRespLeaf{MapName: "m", Entries: []wire.OREntry{{Key: "k", Records: []wire.ORRecord{{Tag: "t", Record: op.Record}}, Tombstones: []string{"u"}}}}
+	counter := &wire.CounterUpdate{Name: "c", State: wire.CounterState{Nodes: []wire.CounterNode{{NodeID: "a", Positive: 1}, {NodeID: "b", Negative: 2}}}}
+	topic := &wire.TopicMessage{Topic: "t", Data: op.Record.Value, PublisherID: "u", Timestamp: 5}
+	journal := &wire.JournalEvent{Event: wire.JournalEntry{Sequence: 1 << 40, Type: "PUT", MapName: "m", Key: "k", Value: op.Record.Value, Tag: "t"}}
+	cluster := &wire.PartitionMap{NodeID: "n", WebSocketURL: "ws://n"}
+	tail := wire.AppendQueryUpdateTail(nil, "k", op.Record.Value, "ENTER")
+	inner := [][]byte{event.AppendTo(nil), ack.AppendTo(nil)}
 	if n := testing.AllocsPerRun(50, func() {
-		event.AppendTo(buf)
-		ack.AppendTo(buf)
+		for _, m := range [...]wire.Message{event, ack, add, drop, orLeaf, counter, topic, journal, cluster} {
+			m.AppendTo(buf)
+		}
+		wire.AppendQueryUpdate(buf, "q", tail)
+		wire.AppendBatch(buf, inner...)
 		w := wire.BeginLeaf(buf, "users", "872")
 		for range 20 {
 			w.Add(op.Key, op.Record)
@@ -72,6 +88,67 @@ func TestAllocations(t *testing.T) {
 		w.End()
 	}); n != 0 {
 		t.Errorf("encoding allocates %v times", n)
+	}
+}
+
+// What a frame announces is not paid for before it is there, and what is there
+// costs a bounded multiple of its size.
+func TestBoundedMemory(t *testing.T) {
+	const size = 1 << 20
+	// fill returns the frame with the element as often as size allows, in place of
+	// the nil at the end of what head builds.
+	fill := func(frame, element []byte, values int) []byte {
+		n := size / len(element)
+		at := bytes.LastIndexByte(frame, 0xc0)
+		return append(binary.BigEndian.AppendUint32(append(frame[:at:at], 0xdd), uint32(n*values)), bytes.Repeat(element, n)...)
+	}
+	array := func(typ string, fields pairs, element any) []byte {
+		return fill(pack(nil, pairs{"type", typ, "payload", append(fields, nil)}), pack(nil, element), 1)
+	}
+	oneEntry := func(field string, element any) []byte {
+		return fill(push(pairs{"key", "k", field, nil}), pack(nil, element), 1)
+	}
+	side := fill(pack(nil, pairs{"type", "COUNTER_SYNC", "payload", pairs{"name", "c", "state", pairs{"p", nil}}}), pack(pack(nil, "a"), 1), 1)
+	side[bytes.IndexByte(side, 0xdd)] = 0xdf
+	for name, frame := range map[string][]byte{
+		"tombstones of a byte":       oneEntry("tombstones", "t"),
+		"empty tombstones":           oneEntry("tombstones", ""),
+		"tombstones that are nil":    oneEntry("tombstones", nil),
+		"records that are nil":       oneEntry("records", nil),
+		"empty records":              oneEntry("records", pairs{}),
+		"records":                    oneEntry("records", orRecord(nil, stamp(1, 1, "a"))),
+		"entries that are nil":       array("ORMAP_PUSH_DIFF", pairs{"mapName", "m", "entries"}, nil),
+		"empty entries":              array("ORMAP_PUSH_DIFF", pairs{"mapName", "m", "entries"}, pairs{}),
+		"entries with a bad key":     array("ORMAP_PUSH_DIFF", pairs{"mapName", "m", "entries"}, pairs{"key", ""}),
+		"records that are left out":  oneEntry("records", orRecord(nil, stamp(1, 1, ""))),
+		"entries":                    array("ORMAP_PUSH_DIFF", pairs{"mapName", "m", "entries"}, pairs{"key", "k"}),
+		"entries of a server":        array("ORMAP_SYNC_RESP_LEAF", pairs{"mapName", "m", "entries"}, pairs{"key", "k"}),
+		"keys":                       array("ORMAP_DIFF_REQUEST", pairs{"mapName", "m", "keys"}, "k"),
+		"nodes of a counter":         side,
+		"nodes of a partition map":   array("PARTITION_MAP", pairs{"nodes"}, pairs{}),
+		"types of a subscription":    fill(flat("JOURNAL_SUBSCRIBE", "requestId", "r", "types", nil), pack(nil, "PUT"), 1),
+		"events of a journal":        fill(flat("JOURNAL_READ_RESPONSE", "events", nil), pack(nil, pairs{"type", "PUT", "timestamp", stamp(1, 1, "a")}), 1),
+		"events of a journal, empty": fill(flat("JOURNAL_READ_RESPONSE", "events", nil), pack(nil, pairs{}), 1),
+		"data of a topic":            wrapped("TOPIC_PUB", "topic", "t", "data", make([]byte, size)),
+	} {
+		if _, err := msgval.Check(frame); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		for _, decode := range []func([]byte) (wire.Message, error){
+			func(b []byte) (wire.Message, error) { return wire.DecodeClient(b, wire.DefaultLimits()) },
+			wire.DecodeServer,
+		} {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_, err := decode(frame)
+			runtime.ReadMemStats(&after)
+			const most = 20
+			if got := int(after.TotalAlloc - before.TotalAlloc); got > most*len(frame) {
+				t.Errorf("%s: %d bytes for %d (%v)", name, got, len(frame), err)
+			} else {
+				t.Logf("%s: %.1f times (%v)", name, float64(got)/float64(len(frame)), err)
+			}
+		}
 	}
 }
 

@@ -86,8 +86,9 @@ type Op struct {
 	MapName string
 	Key     string
 	Kind    OpKind
-	// Record is what OpPut and OpRemove write. For the OR kinds it holds the
-	// value (OpORAdd), the stamp and the ttl.
+	// Record is what OpPut and OpRemove write. Of OpORAdd it holds value, stamp and
+	// ttl, and the value is never empty: nil is one too. Of OpORRemove it holds
+	// the stamp of the removal.
 	Record lwwmap.Record
 	// Tag is the tag that an OR kind adds or removes.
 	Tag          string
@@ -123,8 +124,8 @@ type ORMapSyncInit struct {
 	HasClaimedEpoch   bool
 }
 
-// Other is a frame that has no struct: of a type that is not served yet, or of
-// no known type. It holds what a refusal has to name; what the frame does not
+// Other is a frame that has no struct: of a type that is not served, or of no
+// known type. It holds what a refusal has to name; what the frame does not
 // have is empty.
 type Other struct {
 	TypeName       string
@@ -132,8 +133,6 @@ type Other struct {
 	QueryID        string
 	SubscriptionID string
 	ID             string
-	Name           string
-	Topic          string
 	MapName        string
 	Frame          []byte // the whole frame
 }
@@ -241,12 +240,21 @@ type OpRejected struct {
 // Event is one change of a map as PROTOCOL 11.1 has it.
 type Event struct {
 	MapName   string
-	EventType OpKind // OpPut or OpRemove when encoded
+	EventType OpKind
 	Key       string
-	// Record is the record after the change. A REMOVE event of some servers has
-	// none; then HasRecord is false.
+	// Record is the record after the change. OpORAdd has always one; OpORRemove
+	// has none, and a REMOVE of some servers has none either: then HasRecord is
+	// false.
 	Record    lwwmap.Record
 	HasRecord bool
+	// Tag is the tag that an OR kind adds or removes.
+	Tag string
+}
+
+// GCPrune is GC_PRUNE, from a server: clients forget older tombstones of all
+// maps (PROTOCOL 11.4).
+type GCPrune struct {
+	OlderThan hlc.Timestamp
 }
 
 // ServerEvent is SERVER_EVENT, from a server.
@@ -279,7 +287,17 @@ type QueryResp struct {
 	Code         string // empty: left out
 }
 
+// QueryUpdate is QUERY_UPDATE, from a server: PROTOCOL 12.3. See
+// AppendQueryUpdateTail for a way to encode one for many sessions.
+type QueryUpdate struct {
+	QueryID    string
+	Key        string
+	Value      []byte // one msgpack value; empty stands for nil
+	ChangeType string // ENTER, UPDATE or LEAVE
+}
+
 // Batch is BATCH, from a server: several messages in one frame (PROTOCOL 2.4).
+// See AppendBatch for a way to wrap frames that are encoded already.
 type Batch struct {
 	Messages []Message
 }

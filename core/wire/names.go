@@ -74,16 +74,28 @@ func CheckKey(key string) *Error {
 
 // checkNodeID returns why a client's stamp must not have this node id, or nil.
 func checkNodeID(id string) *Error {
-	if len(id) == 0 || len(id) > maxNodeID || !utf8.ValidString(id) {
+	if len(id) > maxNodeID {
+		return badTimestamp("a nodeId is 1 to 128 bytes of UTF-8")
+	}
+	if err := checkStoredNodeID(id); err != nil {
+		return err
+	}
+	if serverNode(id) {
+		return badTimestamp("the nodeId is one that servers stamp with")
+	}
+	return nil
+}
+
+// checkStoredNodeID returns why no stamp has this node id, of a client or of a
+// server, or nil.
+func checkStoredNodeID(id string) *Error {
+	if len(id) == 0 || len(id) > maxStoredNodeID || !utf8.ValidString(id) {
 		return badTimestamp("a nodeId is 1 to 128 bytes of UTF-8")
 	}
 	for i := range len(id) {
 		if c := id[i]; c == ':' || c < 0x20 || c == 0x7f {
 			return badTimestamp("a nodeId holds no ':' and no control characters")
 		}
-	}
-	if serverNode(id) {
-		return badTimestamp("the nodeId is one that servers stamp with")
 	}
 	return nil
 }
@@ -97,6 +109,28 @@ func badTimestamp(text string) *Error {
 func serverNode(id string) bool {
 	digits, ok := strings.CutPrefix(id, "topgun-")
 	return ok && digits != "" && strings.Trim(digits, "0123456789") == ""
+}
+
+// maxResourceName bounds the name of a topic, counter or lock.
+const maxResourceName = 256
+
+// CheckResourceName returns why a topic, a counter or a lock must not have this
+// name, or nil: a name is 1 to 256 ASCII letters, digits, '_', '.', ':', '/' and
+// '-', and holds no "..". As with CheckMapName, a nil *Error is no nil error.
+func CheckResourceName(name string) *Error {
+	if len(name) == 0 || len(name) > maxResourceName || strings.Contains(name, "..") {
+		return badResourceName()
+	}
+	for i := range len(name) {
+		if c := name[i]; !nameStart(c) && (c < '0' || c > '9') && c != '.' && c != ':' && c != '/' && c != '-' {
+			return badResourceName()
+		}
+	}
+	return nil
+}
+
+func badResourceName() *Error {
+	return &Error{Name: BadName, Code: 400, Text: "the name of a topic, counter or lock is 1 to 256 letters, digits, '_', '.', ':', '/' and '-', and holds no '..'"}
 }
 
 // idRule is what validID wants, for texts of errors.

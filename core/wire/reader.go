@@ -58,6 +58,14 @@ func (r *reader) raw() []byte {
 	return r.since(from)
 }
 
+// orNil reads a value as its bytes, and nil as none.
+func (r *reader) orNil() []byte {
+	if r.isNil() {
+		return nil
+	}
+	return r.raw()
+}
+
 // since returns the bytes that were read since the reader was at from.
 func (r *reader) since(from int) []byte { return r.data[from:r.pos:r.pos] }
 

@@ -20,9 +20,7 @@ type Refused struct {
 
 // RefusalFor returns the answer that makes the client's waiting call fail with
 // the text at once. It returns false if the protocol has no such answer for the
-// type; then an ErrorMessage with code 501 is all there is. In particular there
-// is none for LOCK_REQUEST: clients read LOCK_RELEASED as granted (PROTOCOL
-// 14.3).
+// type; then an ErrorMessage with code 501 is all there is.
 func RefusalFor(o *Other, text string) (Message, bool) {
 	r := &Refused{text: text, idKey: "requestId", id: o.RequestID}
 	switch o.TypeName {
@@ -40,9 +38,6 @@ func RefusalFor(o *Other, text string) (Message, bool) {
 		r.typ, r.wrapped = "SQL_QUERY_RESP", true
 		r.idKey, r.id = "queryId", o.QueryID
 		r.empty, r.code = []string{"columns", "rows"}, "FEATURE_DISABLED"
-	case "JOURNAL_READ":
-		r.typ = "JOURNAL_READ_RESPONSE"
-		r.empty, r.no = []string{"events"}, []string{"hasMore"}
 	case "ENTRY_PROCESS":
 		r.typ, r.no = "ENTRY_PROCESS_RESPONSE", []string{"success"}
 	case "ENTRY_PROCESS_BATCH":

@@ -138,7 +138,7 @@ func TestFrameErrors(t *testing.T) {
 		{"type is long", pack(nil, pairs{"type", strings.Repeat("X", 65)}), wire.BadMessage},
 		{"integer key", pack(nil, pairs{5, 5, "type", "PING"}), wire.BadMessage},
 		{"integer key in the payload", pack(nil, pairs{"type", "OP_BATCH", "payload", pairs{1, 2}}), wire.BadMessage},
-		{"integer key in the payload of another type", pack(nil, pairs{"type", "TOPIC_SUB", "payload", pairs{1, 2}}), wire.BadMessage},
+		{"integer key in the payload of another type", pack(nil, pairs{"type", "SEARCH", "payload", pairs{1, 2}}), wire.BadMessage},
 		{"no payload", pack(nil, pairs{"type", "OP_BATCH"}), wire.BadMessage},
 		{"payload is no map", pack(nil, pairs{"type", "OP_BATCH", "payload", []any{}}), wire.BadMessage},
 		{"no ops", pack(nil, pairs{"type", "OP_BATCH", "payload", pairs{}}), wire.BadMessage},
@@ -272,6 +272,20 @@ func TestOpErrors(t *testing.T) {
 		{"REMOVE with a value", opWith("opType", "REMOVE"), wire.BadMessage},
 		{"OR_ADD without record", opWith("opType", "OR_ADD"), wire.BadMessage},
 		{"OR_ADD without tag", opWith("opType", "OR_ADD", "record", nil, "orRecord", rec(1, goodStamp)), wire.BadMessage},
+		{"OR_ADD with an LWW record", opWith("opType", "OR_ADD", "orTag", "t"), wire.BadMessage},
+		{"OR_ADD with a stamp of a server", opWith("record", nil, "opType", "OR_ADD", "orRecord", rec(1, stamp(1, 0, "topgun-3"), "tag", "t")), wire.BadTimestamp},
+		{"OR_ADD without stamp", opWith("record", nil, "opType", "OR_ADD", "orRecord", pairs{"value", 1, "tag", "t"}), wire.BadMessage},
+		{"OR_ADD with a tag of 256 bytes", opWith("record", nil, "opType", "OR_ADD", "orRecord", rec(1, goodStamp, "tag", strings.Repeat("t", 256))), ""},
+		{"OR_ADD with a tag of 257 bytes", opWith("record", nil, "opType", "OR_ADD", "orRecord", rec(1, goodStamp, "tag", strings.Repeat("t", 257))), wire.BadMessage},
+		{"OR_ADD with NUL in the tag", opWith("record", nil, "opType", "OR_ADD", "orRecord", rec(1, goodStamp, "tag", "a\x00")), wire.BadMessage},
+		{"OR_ADD with a number as tag", opWith("record", nil, "opType", "OR_ADD", "orRecord", rec(1, goodStamp, "tag", 5)), wire.BadMessage},
+		{"OR_ADD of a large value", opWith("record", nil, "opType", "OR_ADD", "orRecord", rec(strings.Repeat("v", 256<<10), goodStamp, "tag", "t")), wire.ValueTooLarge},
+		{"OR_ADD of a deep value", opWith("record", nil, "opType", "OR_ADD", "orRecord", rec(tooNested, goodStamp, "tag", "t")), wire.ValueTooDeep},
+		{"OR_ADD with a ttl of -1", opWith("record", nil, "opType", "OR_ADD", "orRecord", rec(1, goodStamp, "tag", "t", "ttlMs", -1)), wire.BadTTL},
+		{"OR_REMOVE of a tag of 257 bytes", opWith("record", nil, "opType", "OR_REMOVE", "orTag", strings.Repeat("t", 257)), wire.BadMessage},
+		{"OR_REMOVE of a tag that is not UTF-8", opWith("record", nil, "opType", "OR_REMOVE", "orTag", "\xff"), wire.BadMessage},
+		{"OR_REMOVE of a number", opWith("record", nil, "opType", "OR_REMOVE", "orTag", 5), wire.BadMessage},
+		{"both records", opWith("orRecord", rec(1, goodStamp, "tag", "t")), wire.BadMessage},
 		{"OR_REMOVE without tag", opWith("opType", "OR_REMOVE"), wire.BadMessage},
 		{"OR_REMOVE without stamp", without(opWith("opType", "OR_REMOVE", "orTag", "t"), "timestamp"), wire.BadMessage},
 		{"REMOVE without record and stamp", without(without(opWith("opType", "REMOVE"), "timestamp"), "record"), wire.BadMessage},
@@ -308,6 +322,8 @@ func TestOpForms(t *testing.T) {
 	dropped := wire.Op{ID: "17", MapName: "users", Key: "alice", Kind: wire.OpORRemove, Record: lwwmap.Record{Timestamp: ts}, Tag: "t"}
 	null := pairs{"value", nil, "timestamp", goodStamp, "ttlMs", 5}
 	orRecord := pairs{"value", 1, "timestamp", goodStamp, "tag", "t", "ttlMs", 5.0}
+	addedNil := added
+	addedNil.Record.Value = []byte{0xc0}
 	withTTL := want
 	withTTL.Record.TTLMillis = 1
 	for _, c := range []struct {
@@ -326,6 +342,8 @@ func TestOpForms(t *testing.T) {
 		{"REMOVE by its record", without(opWith("record", null), "opType"), tombstone},
 		{"REMOVE without record", opWith("opType", "REMOVE", "record", nil), tombstone},
 		{"OR_ADD", opWith("opType", "OR_ADD", "record", nil, "orRecord", orRecord), added},
+		{"OR_ADD of nil", opWith("opType", "OR_ADD", "record", nil, "orRecord", append(null[:6:6], "tag", "t")), addedNil},
+		{"OR_ADD without value", opWith("opType", "OR_ADD", "record", nil, "orRecord", append(null[2:6:6], "tag", "t")), addedNil},
 		{"OR_ADD by its record", without(without(opWith("orRecord", orRecord), "opType"), "record"), added},
 		{"OR_REMOVE", opWith("opType", "OR_REMOVE", "record", nil, "orTag", "t"), dropped},
 		{"OR_REMOVE by its tag", without(without(opWith("orTag", "t"), "opType"), "record"), dropped},
@@ -508,15 +526,13 @@ func TestRefusals(t *testing.T) {
 	hybrid := "HYBRID_SEARCH (queryVector arrives as a map, see msgpack.json)"
 	vector := "VECTOR_SEARCH (queryVector arrives as a map, see msgpack.json)"
 	want := map[string]string{
-		"SEARCH":                   `{"type":"SEARCH_RESP","payload":{"requestId":"` + id + `08","results":[],"totalCount":0,"error":"not available"}}`,
-		"SEARCH without options":   `{"type":"SEARCH_RESP","payload":{"requestId":"` + id + `09","results":[],"totalCount":0,"error":"not available"}}`,
-		"SEARCH_SUB":               `{"type":"SEARCH_RESP","payload":{"requestId":"` + id + `10","results":[],"totalCount":0,"error":"not available"}}`,
-		hybrid:                     `{"type":"HYBRID_SEARCH_RESP","payload":{"requestId":"` + id + `11","results":[],"searchTimeMs":0,"error":"not available"}}`,
-		"HYBRID_SEARCH_SUB":        `{"type":"HYBRID_SEARCH_RESP","payload":{"requestId":"` + id + `12","results":[],"searchTimeMs":0,"error":"not available"}}`,
-		vector:                     `{"type":"VECTOR_SEARCH_RESP","payload":{"id":"` + id + `13","results":[],"totalCandidates":0,"searchTimeMs":0,"error":"not available"}}`,
-		"SQL_QUERY":                `{"type":"SQL_QUERY_RESP","payload":{"queryId":"` + id + `15","columns":[],"rows":[],"error":"not available","code":"FEATURE_DISABLED"}}`,
-		"JOURNAL_READ":             `{"type":"JOURNAL_READ_RESPONSE","requestId":"journal_1760000003547_1","events":[],"hasMore":false,"error":"not available"}`,
-		"JOURNAL_READ for one map": `{"type":"JOURNAL_READ_RESPONSE","requestId":"journal_1760000003547_2","events":[],"hasMore":false,"error":"not available"}`,
+		"SEARCH":                 `{"type":"SEARCH_RESP","payload":{"requestId":"` + id + `08","results":[],"totalCount":0,"error":"not available"}}`,
+		"SEARCH without options": `{"type":"SEARCH_RESP","payload":{"requestId":"` + id + `09","results":[],"totalCount":0,"error":"not available"}}`,
+		"SEARCH_SUB":             `{"type":"SEARCH_RESP","payload":{"requestId":"` + id + `10","results":[],"totalCount":0,"error":"not available"}}`,
+		hybrid:                   `{"type":"HYBRID_SEARCH_RESP","payload":{"requestId":"` + id + `11","results":[],"searchTimeMs":0,"error":"not available"}}`,
+		"HYBRID_SEARCH_SUB":      `{"type":"HYBRID_SEARCH_RESP","payload":{"requestId":"` + id + `12","results":[],"searchTimeMs":0,"error":"not available"}}`,
+		vector:                   `{"type":"VECTOR_SEARCH_RESP","payload":{"id":"` + id + `13","results":[],"totalCandidates":0,"searchTimeMs":0,"error":"not available"}}`,
+		"SQL_QUERY":              `{"type":"SQL_QUERY_RESP","payload":{"queryId":"` + id + `15","columns":[],"rows":[],"error":"not available","code":"FEATURE_DISABLED"}}`,
 	}
 	if diff := cmp.Diff(want, refused); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -567,128 +583,5 @@ func TestLeafWriter(t *testing.T) {
 		if n > 0 && !cmp.Equal(leaf.Records[n-1], wire.KeyedRecord{Key: fmt.Sprint("k", n-1), Record: r}) {
 			t.Errorf("%d records: the last is %v", n, leaf.Records[n-1])
 		}
-	}
-}
-
-func TestHTTPItemErrors(t *testing.T) {
-	body := pack(nil, pairs{
-		"clientId", "c", "clientHlc", goodStamp,
-		"operations",
-		[]any{opWith("key", ""), opWith()},
-		"syncMaps",
-		[]any{
-			pairs{"mapName", "a b", "lastSyncTimestamp", stamp(0, 0, "")},
-			pairs{"mapName", "m", "lastSyncTimestamp", 5},
-			pairs{"mapName", "m", "lastSyncTimestamp", stamp(5, 6, "01J")},
-		},
-		"queries",
-		[]any{
-			pairs{"queryId", "1", "mapName", "m", "filter", 5},
-			pairs{"queryId", "2", "mapName", "m", "limit", -1},
-			pairs{"queryId", "3", "mapName", "", "filter", pairs{}},
-			pairs{"queryId", "4", "mapName", "m", "filter", nil, "limit", 3.0, "offset", 1, "cursor", "c"},
-		},
-		"searches",
-		[]any{pairs{"searchId", "s", "mapName", "m", "query", "x", "options", pairs{}}},
-	})
-	r, err := wire.DecodeSyncRequest(body, wire.DefaultLimits())
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got []string
-	for _, op := range r.Operations {
-		got = append(got, name(op.Err))
-	}
-	for _, m := range r.SyncMaps {
-		got = append(got, name(m.Err))
-	}
-	for _, q := range r.Queries {
-		got = append(got, q.QueryID+name(q.Err))
-	}
-	want := []string{"BAD_KEY", "", "BAD_NAME", "BAD_MESSAGE", "", "1BAD_MESSAGE", "2BAD_MESSAGE", "3BAD_NAME", "4"}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("(-want +got):\n%s", diff)
-	}
-	if got, want := r.SyncMaps[2].LastSync, (hlc.Timestamp{Millis: 5, Counter: 6, NodeID: "01J"}); got != want {
-		t.Errorf("LastSync = %v, want %v", got, want)
-	}
-	if q := r.Queries[3]; q.Limit != 3 || q.Offset != 1 || q.Cursor != "c" || q.Where != nil {
-		t.Errorf("query is %+v", q)
-	}
-	if diff := cmp.Diff([]wire.HTTPSearch{{SearchID: "s", MapName: "m", Query: "x"}}, r.Searches); diff != "" {
-		t.Errorf("(-want +got):\n%s", diff)
-	}
-}
-
-func name(err *wire.Error) string {
-	if err == nil {
-		return ""
-	}
-	return err.Name
-}
-
-func TestHTTPErrors(t *testing.T) {
-	for name, body := range map[string][]byte{
-		"no map":             pack(nil, 5),
-		"truncated":          {0x81},
-		"trailing byte":      {0x80, 0},
-		"operations no list": pack(nil, pairs{"operations", pairs{}}),
-		"syncMaps no list":   pack(nil, pairs{"syncMaps", "m"}),
-		"syncMap no map":     pack(nil, pairs{"syncMaps", []any{1}}),
-		"query without id":   pack(nil, pairs{"queries", []any{pairs{"mapName", "m"}}}),
-		"clock is text":      pack(nil, pairs{"clientHlc", "now"}),
-		"integer key":        pack(nil, pairs{1, 2}),
-	} {
-		if _, err := wire.DecodeSyncRequest(body, wire.DefaultLimits()); errName(err) != wire.BadMessage {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	for _, decode := range []func([]byte, wire.Limits) (*wire.SyncRequest, error){wire.DecodeSyncRequest, wire.DecodeSyncRequestJSON} {
-		if r, err := decode(nil, wire.DefaultLimits()); err != nil || !cmp.Equal(r, &wire.SyncRequest{}) {
-			t.Errorf("an empty body: %v, %v", r, err)
-		}
-	}
-	if _, err := wire.DecodeSyncRequestJSON([]byte("{"), wire.DefaultLimits()); errName(err) != wire.BadMessage {
-		t.Errorf("broken JSON: %v", err)
-	}
-	many := make([]any, 257)
-	for i := range many {
-		many[i] = pairs{"mapName", "m"}
-	}
-	if _, err := wire.DecodeSyncRequest(pack(nil, pairs{"syncMaps", many}), wire.DefaultLimits()); errName(err) != wire.QueryTooComplex {
-		t.Errorf("257 maps: %v", err)
-	}
-}
-
-// A response in JSON leaves out what JSON cannot say, and says so.
-func TestHTTPJSONLeavesOut(t *testing.T) {
-	ts := hlc.Timestamp{Millis: 1, NodeID: "a"}
-	bin := []byte{0xc4, 0}
-	r := &wire.SyncResponse{
-		ServerHLC: ts,
-		Deltas: []wire.Delta{{MapName: "m", Records: []wire.DeltaRecord{
-			{Key: "k1", Record: lwwmap.Record{Value: bin, Timestamp: ts}},
-			{Key: "k2", Record: lwwmap.Record{Timestamp: ts}},
-		}, ServerSyncTimestamp: ts, HasMore: true}},
-		QueryResults: []wire.HTTPQueryResult{{QueryID: "q", Results: []wire.KeyValue{{Key: "k1", Value: bin}, {Key: "k3", Value: []byte{3}}}}},
-		Errors:       []wire.SyncError{{Code: 403, Message: "no", Context: "x\x00\xff"}},
-	}
-	const stampJSON = `{"millis":1,"counter":0,"nodeId":"a"}`
-	want := `{"serverHlc":` + stampJSON +
-		`,"deltas":[{"mapName":"m","records":[{"key":"k2","record":{"value":null,"timestamp":` + stampJSON + `},"eventType":"REMOVE"}],"serverSyncTimestamp":` + stampJSON + `,"hasMore":true}]` +
-		`,"queryResults":[{"queryId":"q","results":[{"key":"k3","value":3}],"hasMore":false}]` +
-		`,"errors":[{"code":403,"message":"no","context":"x` + "\ufffd\ufffd" + `"}` +
-		`,{"code":406,"message":"a value has no JSON form; ask for application/x-msgpack","context":"m"}` +
-		`,{"code":406,"message":"a value has no JSON form; ask for application/x-msgpack","context":"q"}]}`
-	if diff := cmp.Diff(want, string(r.AppendJSON(nil))); diff != "" {
-		t.Errorf("(-want +got):\n%s", diff)
-	}
-	if len(r.Deltas[0].Records) != 2 || len(r.QueryResults[0].Results) != 2 || len(r.Errors) != 1 {
-		t.Error("AppendJSON changed the response")
-	}
-	broken := &wire.SyncResponse{ServerHLC: ts, Ack: &wire.SyncAck{LastID: "\xff"}}
-	want = `{"serverHlc":` + stampJSON + `,"errors":[{"code":406,"message":"a value has no JSON form; ask for application/x-msgpack"}]}`
-	if got := string(broken.AppendJSON(nil)); got != want {
-		t.Errorf("got %s\nwant %s", got, want)
 	}
 }

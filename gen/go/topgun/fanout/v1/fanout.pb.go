@@ -25,6 +25,116 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// CursorStatus is what became of a cursor.
+type CursorStatus int32
+
+const (
+	// The query has none.
+	CursorStatus_CURSOR_STATUS_UNSPECIFIED CursorStatus = 0
+	// The page begins there.
+	CursorStatus_CURSOR_STATUS_VALID CursorStatus = 1
+	// It is of another query or not a cursor; this is the first page.
+	CursorStatus_CURSOR_STATUS_INVALID CursorStatus = 2
+)
+
+// Enum value maps for CursorStatus.
+var (
+	CursorStatus_name = map[int32]string{
+		0: "CURSOR_STATUS_UNSPECIFIED",
+		1: "CURSOR_STATUS_VALID",
+		2: "CURSOR_STATUS_INVALID",
+	}
+	CursorStatus_value = map[string]int32{
+		"CURSOR_STATUS_UNSPECIFIED": 0,
+		"CURSOR_STATUS_VALID":       1,
+		"CURSOR_STATUS_INVALID":     2,
+	}
+)
+
+func (x CursorStatus) Enum() *CursorStatus {
+	p := new(CursorStatus)
+	*p = x
+	return p
+}
+
+func (x CursorStatus) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CursorStatus) Descriptor() protoreflect.EnumDescriptor {
+	return file_topgun_fanout_v1_fanout_proto_enumTypes[0].Descriptor()
+}
+
+func (CursorStatus) Type() protoreflect.EnumType {
+	return &file_topgun_fanout_v1_fanout_proto_enumTypes[0]
+}
+
+func (x CursorStatus) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CursorStatus.Descriptor instead.
+func (CursorStatus) EnumDescriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{0}
+}
+
+// QueryChangeType is what happened to a row.
+type QueryChangeType int32
+
+const (
+	// Never sent.
+	QueryChangeType_QUERY_CHANGE_TYPE_UNSPECIFIED QueryChangeType = 0
+	// It is in the window and was not.
+	QueryChangeType_QUERY_CHANGE_TYPE_ENTER QueryChangeType = 1
+	// It was and is in the window, with another value.
+	QueryChangeType_QUERY_CHANGE_TYPE_UPDATE QueryChangeType = 2
+	// It was in the window and is not.
+	QueryChangeType_QUERY_CHANGE_TYPE_LEAVE QueryChangeType = 3
+)
+
+// Enum value maps for QueryChangeType.
+var (
+	QueryChangeType_name = map[int32]string{
+		0: "QUERY_CHANGE_TYPE_UNSPECIFIED",
+		1: "QUERY_CHANGE_TYPE_ENTER",
+		2: "QUERY_CHANGE_TYPE_UPDATE",
+		3: "QUERY_CHANGE_TYPE_LEAVE",
+	}
+	QueryChangeType_value = map[string]int32{
+		"QUERY_CHANGE_TYPE_UNSPECIFIED": 0,
+		"QUERY_CHANGE_TYPE_ENTER":       1,
+		"QUERY_CHANGE_TYPE_UPDATE":      2,
+		"QUERY_CHANGE_TYPE_LEAVE":       3,
+	}
+)
+
+func (x QueryChangeType) Enum() *QueryChangeType {
+	p := new(QueryChangeType)
+	*p = x
+	return p
+}
+
+func (x QueryChangeType) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (QueryChangeType) Descriptor() protoreflect.EnumDescriptor {
+	return file_topgun_fanout_v1_fanout_proto_enumTypes[1].Descriptor()
+}
+
+func (QueryChangeType) Type() protoreflect.EnumType {
+	return &file_topgun_fanout_v1_fanout_proto_enumTypes[1]
+}
+
+func (x QueryChangeType) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use QueryChangeType.Descriptor instead.
+func (QueryChangeType) EnumDescriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{1}
+}
+
 // SubscribeRequest opens a stream.
 type SubscribeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -81,6 +191,9 @@ type SubscribeResponse struct {
 	//	*SubscribeResponse_Ready
 	//	*SubscribeResponse_Event
 	//	*SubscribeResponse_Gap
+	//	*SubscribeResponse_QueryResult
+	//	*SubscribeResponse_QueryChanges
+	//	*SubscribeResponse_TopicMessage
 	Message       isSubscribeResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -150,6 +263,33 @@ func (x *SubscribeResponse) GetGap() *Gap {
 	return nil
 }
 
+func (x *SubscribeResponse) GetQueryResult() *QueryResult {
+	if x != nil {
+		if x, ok := x.Message.(*SubscribeResponse_QueryResult); ok {
+			return x.QueryResult
+		}
+	}
+	return nil
+}
+
+func (x *SubscribeResponse) GetQueryChanges() *QueryChanges {
+	if x != nil {
+		if x, ok := x.Message.(*SubscribeResponse_QueryChanges); ok {
+			return x.QueryChanges
+		}
+	}
+	return nil
+}
+
+func (x *SubscribeResponse) GetTopicMessage() *TopicMessage {
+	if x != nil {
+		if x, ok := x.Message.(*SubscribeResponse_TopicMessage); ok {
+			return x.TopicMessage
+		}
+	}
+	return nil
+}
+
 type isSubscribeResponse_Message interface {
 	isSubscribeResponse_Message()
 }
@@ -169,11 +309,32 @@ type SubscribeResponse_Gap struct {
 	Gap *Gap `protobuf:"bytes,3,opt,name=gap,proto3,oneof"`
 }
 
+type SubscribeResponse_QueryResult struct {
+	// The rows of a query. It replaces what was known of them.
+	QueryResult *QueryResult `protobuf:"bytes,4,opt,name=query_result,json=queryResult,proto3,oneof"`
+}
+
+type SubscribeResponse_QueryChanges struct {
+	// Rows of a query that changed since.
+	QueryChanges *QueryChanges `protobuf:"bytes,5,opt,name=query_changes,json=queryChanges,proto3,oneof"`
+}
+
+type SubscribeResponse_TopicMessage struct {
+	// A message of a topic.
+	TopicMessage *TopicMessage `protobuf:"bytes,6,opt,name=topic_message,json=topicMessage,proto3,oneof"`
+}
+
 func (*SubscribeResponse_Ready) isSubscribeResponse_Message() {}
 
 func (*SubscribeResponse_Event) isSubscribeResponse_Message() {}
 
 func (*SubscribeResponse_Gap) isSubscribeResponse_Message() {}
+
+func (*SubscribeResponse_QueryResult) isSubscribeResponse_Message() {}
+
+func (*SubscribeResponse_QueryChanges) isSubscribeResponse_Message() {}
+
+func (*SubscribeResponse_TopicMessage) isSubscribeResponse_Message() {}
 
 // Ready opens a stream.
 type Ready struct {
@@ -477,7 +638,17 @@ type WatchRequest struct {
 	// Maps to deliver from now on.
 	Add []string `protobuf:"bytes,2,rep,name=add,proto3" json:"add,omitempty"`
 	// Maps to deliver no more.
-	Remove        []string `protobuf:"bytes,3,rep,name=remove,proto3" json:"remove,omitempty"`
+	Remove []string `protobuf:"bytes,3,rep,name=remove,proto3" json:"remove,omitempty"`
+	// Queries to deliver from now on.
+	AddQueries []*LiveQuery `protobuf:"bytes,4,rep,name=add_queries,json=addQueries,proto3" json:"add_queries,omitempty"`
+	// Ids of queries to deliver no more.
+	RemoveQueries []uint64 `protobuf:"varint,5,rep,packed,name=remove_queries,json=removeQueries,proto3" json:"remove_queries,omitempty"`
+	// Ids of queries whose QueryResult is wanted once more.
+	RefreshQueries []uint64 `protobuf:"varint,6,rep,packed,name=refresh_queries,json=refreshQueries,proto3" json:"refresh_queries,omitempty"`
+	// Topics to deliver from now on.
+	AddTopics []string `protobuf:"bytes,7,rep,name=add_topics,json=addTopics,proto3" json:"add_topics,omitempty"`
+	// Topics to deliver no more.
+	RemoveTopics  []string `protobuf:"bytes,8,rep,name=remove_topics,json=removeTopics,proto3" json:"remove_topics,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -533,6 +704,472 @@ func (x *WatchRequest) GetRemove() []string {
 	return nil
 }
 
+func (x *WatchRequest) GetAddQueries() []*LiveQuery {
+	if x != nil {
+		return x.AddQueries
+	}
+	return nil
+}
+
+func (x *WatchRequest) GetRemoveQueries() []uint64 {
+	if x != nil {
+		return x.RemoveQueries
+	}
+	return nil
+}
+
+func (x *WatchRequest) GetRefreshQueries() []uint64 {
+	if x != nil {
+		return x.RefreshQueries
+	}
+	return nil
+}
+
+func (x *WatchRequest) GetAddTopics() []string {
+	if x != nil {
+		return x.AddTopics
+	}
+	return nil
+}
+
+func (x *WatchRequest) GetRemoveTopics() []string {
+	if x != nil {
+		return x.RemoveTopics
+	}
+	return nil
+}
+
+// LiveQuery is a query whose result is kept up to date.
+type LiveQuery struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Chosen by the gateway, unique within the stream, never used again.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Name of the map.
+	Map string `protobuf:"bytes,2,opt,name=map,proto3" json:"map,omitempty"`
+	// The query, the msgpack map of PROTOCOL 12.1, cursor included.
+	Query         []byte `protobuf:"bytes,3,opt,name=query,proto3" json:"query,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiveQuery) Reset() {
+	*x = LiveQuery{}
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiveQuery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiveQuery) ProtoMessage() {}
+
+func (x *LiveQuery) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiveQuery.ProtoReflect.Descriptor instead.
+func (*LiveQuery) Descriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *LiveQuery) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *LiveQuery) GetMap() string {
+	if x != nil {
+		return x.Map
+	}
+	return ""
+}
+
+func (x *LiveQuery) GetQuery() []byte {
+	if x != nil {
+		return x.Query
+	}
+	return nil
+}
+
+// QueryResult is the result of a query as a whole.
+type QueryResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The query.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The rows of the window, in the order of the query, fields chosen.
+	Rows []*v1.Row `protobuf:"bytes,2,rep,name=rows,proto3" json:"rows,omitempty"`
+	// Whether rows follow after the window.
+	More bool `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	// Where the next page begins, with more and a limit; opaque.
+	NextCursor string `protobuf:"bytes,4,opt,name=next_cursor,json=nextCursor,proto3" json:"next_cursor,omitempty"`
+	// What became of the query's cursor.
+	CursorStatus CursorStatus `protobuf:"varint,5,opt,name=cursor_status,json=cursorStatus,proto3,enum=topgun.fanout.v1.CursorStatus" json:"cursor_status,omitempty"`
+	// Why the query cannot be answered, NAME: text; then there are no rows, and
+	// nothing follows. Empty when it was answered.
+	Error         string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QueryResult) Reset() {
+	*x = QueryResult{}
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QueryResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QueryResult) ProtoMessage() {}
+
+func (x *QueryResult) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QueryResult.ProtoReflect.Descriptor instead.
+func (*QueryResult) Descriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *QueryResult) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *QueryResult) GetRows() []*v1.Row {
+	if x != nil {
+		return x.Rows
+	}
+	return nil
+}
+
+func (x *QueryResult) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+func (x *QueryResult) GetNextCursor() string {
+	if x != nil {
+		return x.NextCursor
+	}
+	return ""
+}
+
+func (x *QueryResult) GetCursorStatus() CursorStatus {
+	if x != nil {
+		return x.CursorStatus
+	}
+	return CursorStatus_CURSOR_STATUS_UNSPECIFIED
+}
+
+func (x *QueryResult) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// QueryChanges are changes of a window, in order.
+type QueryChanges struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The query.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The changes.
+	Changes       []*QueryChange `protobuf:"bytes,2,rep,name=changes,proto3" json:"changes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QueryChanges) Reset() {
+	*x = QueryChanges{}
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QueryChanges) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QueryChanges) ProtoMessage() {}
+
+func (x *QueryChanges) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QueryChanges.ProtoReflect.Descriptor instead.
+func (*QueryChanges) Descriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *QueryChanges) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *QueryChanges) GetChanges() []*QueryChange {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+// QueryChange is one row that entered, changed in, or left a window.
+type QueryChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What happened.
+	Type QueryChangeType `protobuf:"varint,1,opt,name=type,proto3,enum=topgun.fanout.v1.QueryChangeType" json:"type,omitempty"`
+	// The row; a row that left has no value.
+	Row           *v1.Row `protobuf:"bytes,2,opt,name=row,proto3" json:"row,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QueryChange) Reset() {
+	*x = QueryChange{}
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QueryChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QueryChange) ProtoMessage() {}
+
+func (x *QueryChange) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QueryChange.ProtoReflect.Descriptor instead.
+func (*QueryChange) Descriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *QueryChange) GetType() QueryChangeType {
+	if x != nil {
+		return x.Type
+	}
+	return QueryChangeType_QUERY_CHANGE_TYPE_UNSPECIFIED
+}
+
+func (x *QueryChange) GetRow() *v1.Row {
+	if x != nil {
+		return x.Row
+	}
+	return nil
+}
+
+// PublishRequest sends a message.
+type PublishRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The message.
+	Message       *TopicMessage `protobuf:"bytes,1,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublishRequest) Reset() {
+	*x = PublishRequest{}
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishRequest) ProtoMessage() {}
+
+func (x *PublishRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishRequest.ProtoReflect.Descriptor instead.
+func (*PublishRequest) Descriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *PublishRequest) GetMessage() *TopicMessage {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+// PublishResponse says that the message is on its way.
+type PublishResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublishResponse) Reset() {
+	*x = PublishResponse{}
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishResponse) ProtoMessage() {}
+
+func (x *PublishResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishResponse.ProtoReflect.Descriptor instead.
+func (*PublishResponse) Descriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{13}
+}
+
+// TopicMessage is a message of a topic, as it travels on the bus too.
+type TopicMessage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The topic: 1 to 256 of [A-Za-z0-9_.:/-].
+	Topic string `protobuf:"bytes,1,opt,name=topic,proto3" json:"topic,omitempty"`
+	// What was published: one msgpack value, at most 256 KiB.
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	// The principal that published, or empty.
+	PublisherId string `protobuf:"bytes,3,opt,name=publisher_id,json=publisherId,proto3" json:"publisher_id,omitempty"`
+	// Session that published; it does not get the message.
+	Origin string `protobuf:"bytes,4,opt,name=origin,proto3" json:"origin,omitempty"`
+	// When the gateway took it, in milliseconds since the Unix epoch.
+	Millis        uint64 `protobuf:"varint,5,opt,name=millis,proto3" json:"millis,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TopicMessage) Reset() {
+	*x = TopicMessage{}
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TopicMessage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TopicMessage) ProtoMessage() {}
+
+func (x *TopicMessage) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TopicMessage.ProtoReflect.Descriptor instead.
+func (*TopicMessage) Descriptor() ([]byte, []int) {
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *TopicMessage) GetTopic() string {
+	if x != nil {
+		return x.Topic
+	}
+	return ""
+}
+
+func (x *TopicMessage) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *TopicMessage) GetPublisherId() string {
+	if x != nil {
+		return x.PublisherId
+	}
+	return ""
+}
+
+func (x *TopicMessage) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *TopicMessage) GetMillis() uint64 {
+	if x != nil {
+		return x.Millis
+	}
+	return 0
+}
+
 // WatchResponse says that the change is in force.
 type WatchResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -542,7 +1179,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[8]
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -554,7 +1191,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[8]
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -567,7 +1204,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{8}
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{15}
 }
 
 // DescribeRequest asks about the service.
@@ -579,7 +1216,7 @@ type DescribeRequest struct {
 
 func (x *DescribeRequest) Reset() {
 	*x = DescribeRequest{}
-	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[9]
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -591,7 +1228,7 @@ func (x *DescribeRequest) String() string {
 func (*DescribeRequest) ProtoMessage() {}
 
 func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[9]
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -604,7 +1241,7 @@ func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeRequest.ProtoReflect.Descriptor instead.
 func (*DescribeRequest) Descriptor() ([]byte, []int) {
-	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{9}
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{16}
 }
 
 // DescribeResponse describes the service.
@@ -613,14 +1250,18 @@ type DescribeResponse struct {
 	// Open gateway streams.
 	Streams uint32 `protobuf:"varint,1,opt,name=streams,proto3" json:"streams,omitempty"`
 	// Maps that some stream watches.
-	Maps          uint32 `protobuf:"varint,2,opt,name=maps,proto3" json:"maps,omitempty"`
+	Maps uint32 `protobuf:"varint,2,opt,name=maps,proto3" json:"maps,omitempty"`
+	// Distinct queries that are kept up to date.
+	Queries uint32 `protobuf:"varint,3,opt,name=queries,proto3" json:"queries,omitempty"`
+	// Topics that some stream watches.
+	Topics        uint32 `protobuf:"varint,4,opt,name=topics,proto3" json:"topics,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DescribeResponse) Reset() {
 	*x = DescribeResponse{}
-	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[10]
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -632,7 +1273,7 @@ func (x *DescribeResponse) String() string {
 func (*DescribeResponse) ProtoMessage() {}
 
 func (x *DescribeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[10]
+	mi := &file_topgun_fanout_v1_fanout_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -645,7 +1286,7 @@ func (x *DescribeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeResponse.ProtoReflect.Descriptor instead.
 func (*DescribeResponse) Descriptor() ([]byte, []int) {
-	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{10}
+	return file_topgun_fanout_v1_fanout_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DescribeResponse) GetStreams() uint32 {
@@ -662,6 +1303,20 @@ func (x *DescribeResponse) GetMaps() uint32 {
 	return 0
 }
 
+func (x *DescribeResponse) GetQueries() uint32 {
+	if x != nil {
+		return x.Queries
+	}
+	return 0
+}
+
+func (x *DescribeResponse) GetTopics() uint32 {
+	if x != nil {
+		return x.Topics
+	}
+	return 0
+}
+
 var File_topgun_fanout_v1_fanout_proto protoreflect.FileDescriptor
 
 const file_topgun_fanout_v1_fanout_proto_rawDesc = "" +
@@ -669,11 +1324,14 @@ const file_topgun_fanout_v1_fanout_proto_rawDesc = "" +
 	"\x1dtopgun/fanout/v1/fanout.proto\x12\x10topgun.fanout.v1\x1a\x1btopgun/types/v1/types.proto\"1\n" +
 	"\x10SubscribeRequest\x12\x1d\n" +
 	"\n" +
-	"gateway_id\x18\x01 \x01(\tR\tgatewayId\"\xab\x01\n" +
+	"gateway_id\x18\x01 \x01(\tR\tgatewayId\"\xfd\x02\n" +
 	"\x11SubscribeResponse\x12/\n" +
 	"\x05ready\x18\x01 \x01(\v2\x17.topgun.fanout.v1.ReadyH\x00R\x05ready\x12/\n" +
 	"\x05event\x18\x02 \x01(\v2\x17.topgun.fanout.v1.EventH\x00R\x05event\x12)\n" +
-	"\x03gap\x18\x03 \x01(\v2\x15.topgun.fanout.v1.GapH\x00R\x03gapB\t\n" +
+	"\x03gap\x18\x03 \x01(\v2\x15.topgun.fanout.v1.GapH\x00R\x03gap\x12B\n" +
+	"\fquery_result\x18\x04 \x01(\v2\x1d.topgun.fanout.v1.QueryResultH\x00R\vqueryResult\x12E\n" +
+	"\rquery_changes\x18\x05 \x01(\v2\x1e.topgun.fanout.v1.QueryChangesH\x00R\fqueryChanges\x12E\n" +
+	"\rtopic_message\x18\x06 \x01(\v2\x1e.topgun.fanout.v1.TopicMessageH\x00R\ftopicMessageB\t\n" +
 	"\amessage\"$\n" +
 	"\x05Ready\x12\x1b\n" +
 	"\tstream_id\x18\x01 \x01(\tR\bstreamId\"\x92\x01\n" +
@@ -691,19 +1349,65 @@ const file_topgun_fanout_v1_fanout_proto_rawDesc = "" +
 	"\x03map\x18\x01 \x01(\tR\x03map\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x17\n" +
 	"\x03Gap\x12\x10\n" +
-	"\x03map\x18\x01 \x01(\tR\x03map\"U\n" +
+	"\x03map\x18\x01 \x01(\tR\x03map\"\xa7\x02\n" +
 	"\fWatchRequest\x12\x1b\n" +
 	"\tstream_id\x18\x01 \x01(\tR\bstreamId\x12\x10\n" +
 	"\x03add\x18\x02 \x03(\tR\x03add\x12\x16\n" +
-	"\x06remove\x18\x03 \x03(\tR\x06remove\"\x0f\n" +
+	"\x06remove\x18\x03 \x03(\tR\x06remove\x12<\n" +
+	"\vadd_queries\x18\x04 \x03(\v2\x1b.topgun.fanout.v1.LiveQueryR\n" +
+	"addQueries\x12%\n" +
+	"\x0eremove_queries\x18\x05 \x03(\x04R\rremoveQueries\x12'\n" +
+	"\x0frefresh_queries\x18\x06 \x03(\x04R\x0erefreshQueries\x12\x1d\n" +
+	"\n" +
+	"add_topics\x18\a \x03(\tR\taddTopics\x12#\n" +
+	"\rremove_topics\x18\b \x03(\tR\fremoveTopics\"C\n" +
+	"\tLiveQuery\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x10\n" +
+	"\x03map\x18\x02 \x01(\tR\x03map\x12\x14\n" +
+	"\x05query\x18\x03 \x01(\fR\x05query\"\xd7\x01\n" +
+	"\vQueryResult\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12(\n" +
+	"\x04rows\x18\x02 \x03(\v2\x14.topgun.types.v1.RowR\x04rows\x12\x12\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\x12\x1f\n" +
+	"\vnext_cursor\x18\x04 \x01(\tR\n" +
+	"nextCursor\x12C\n" +
+	"\rcursor_status\x18\x05 \x01(\x0e2\x1e.topgun.fanout.v1.CursorStatusR\fcursorStatus\x12\x14\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\"W\n" +
+	"\fQueryChanges\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x127\n" +
+	"\achanges\x18\x02 \x03(\v2\x1d.topgun.fanout.v1.QueryChangeR\achanges\"l\n" +
+	"\vQueryChange\x125\n" +
+	"\x04type\x18\x01 \x01(\x0e2!.topgun.fanout.v1.QueryChangeTypeR\x04type\x12&\n" +
+	"\x03row\x18\x02 \x01(\v2\x14.topgun.types.v1.RowR\x03row\"J\n" +
+	"\x0ePublishRequest\x128\n" +
+	"\amessage\x18\x01 \x01(\v2\x1e.topgun.fanout.v1.TopicMessageR\amessage\"\x11\n" +
+	"\x0fPublishResponse\"\x8b\x01\n" +
+	"\fTopicMessage\x12\x14\n" +
+	"\x05topic\x18\x01 \x01(\tR\x05topic\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\x12!\n" +
+	"\fpublisher_id\x18\x03 \x01(\tR\vpublisherId\x12\x16\n" +
+	"\x06origin\x18\x04 \x01(\tR\x06origin\x12\x16\n" +
+	"\x06millis\x18\x05 \x01(\x04R\x06millis\"\x0f\n" +
 	"\rWatchResponse\"\x11\n" +
-	"\x0fDescribeRequest\"@\n" +
+	"\x0fDescribeRequest\"r\n" +
 	"\x10DescribeResponse\x12\x18\n" +
 	"\astreams\x18\x01 \x01(\rR\astreams\x12\x12\n" +
-	"\x04maps\x18\x02 \x01(\rR\x04maps2\x89\x02\n" +
+	"\x04maps\x18\x02 \x01(\rR\x04maps\x12\x18\n" +
+	"\aqueries\x18\x03 \x01(\rR\aqueries\x12\x16\n" +
+	"\x06topics\x18\x04 \x01(\rR\x06topics*a\n" +
+	"\fCursorStatus\x12\x1d\n" +
+	"\x19CURSOR_STATUS_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13CURSOR_STATUS_VALID\x10\x01\x12\x19\n" +
+	"\x15CURSOR_STATUS_INVALID\x10\x02*\x8c\x01\n" +
+	"\x0fQueryChangeType\x12!\n" +
+	"\x1dQUERY_CHANGE_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17QUERY_CHANGE_TYPE_ENTER\x10\x01\x12\x1c\n" +
+	"\x18QUERY_CHANGE_TYPE_UPDATE\x10\x02\x12\x1b\n" +
+	"\x17QUERY_CHANGE_TYPE_LEAVE\x10\x032\xd9\x02\n" +
 	"\rFanoutService\x12V\n" +
 	"\tSubscribe\x12\".topgun.fanout.v1.SubscribeRequest\x1a#.topgun.fanout.v1.SubscribeResponse0\x01\x12H\n" +
-	"\x05Watch\x12\x1e.topgun.fanout.v1.WatchRequest\x1a\x1f.topgun.fanout.v1.WatchResponse\x12V\n" +
+	"\x05Watch\x12\x1e.topgun.fanout.v1.WatchRequest\x1a\x1f.topgun.fanout.v1.WatchResponse\x12N\n" +
+	"\aPublish\x12 .topgun.fanout.v1.PublishRequest\x1a!.topgun.fanout.v1.PublishResponse\x12V\n" +
 	"\bDescribe\x12!.topgun.fanout.v1.DescribeRequest\x1a\".topgun.fanout.v1.DescribeResponse\"\x03\x90\x02\x01B@Z>github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1;fanoutv1b\x06proto3"
 
 var (
@@ -718,38 +1422,61 @@ func file_topgun_fanout_v1_fanout_proto_rawDescGZIP() []byte {
 	return file_topgun_fanout_v1_fanout_proto_rawDescData
 }
 
-var file_topgun_fanout_v1_fanout_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_topgun_fanout_v1_fanout_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_topgun_fanout_v1_fanout_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_topgun_fanout_v1_fanout_proto_goTypes = []any{
-	(*SubscribeRequest)(nil),  // 0: topgun.fanout.v1.SubscribeRequest
-	(*SubscribeResponse)(nil), // 1: topgun.fanout.v1.SubscribeResponse
-	(*Ready)(nil),             // 2: topgun.fanout.v1.Ready
-	(*Event)(nil),             // 3: topgun.fanout.v1.Event
-	(*Heartbeat)(nil),         // 4: topgun.fanout.v1.Heartbeat
-	(*MapSequence)(nil),       // 5: topgun.fanout.v1.MapSequence
-	(*Gap)(nil),               // 6: topgun.fanout.v1.Gap
-	(*WatchRequest)(nil),      // 7: topgun.fanout.v1.WatchRequest
-	(*WatchResponse)(nil),     // 8: topgun.fanout.v1.WatchResponse
-	(*DescribeRequest)(nil),   // 9: topgun.fanout.v1.DescribeRequest
-	(*DescribeResponse)(nil),  // 10: topgun.fanout.v1.DescribeResponse
-	(*v1.Change)(nil),         // 11: topgun.types.v1.Change
+	(CursorStatus)(0),         // 0: topgun.fanout.v1.CursorStatus
+	(QueryChangeType)(0),      // 1: topgun.fanout.v1.QueryChangeType
+	(*SubscribeRequest)(nil),  // 2: topgun.fanout.v1.SubscribeRequest
+	(*SubscribeResponse)(nil), // 3: topgun.fanout.v1.SubscribeResponse
+	(*Ready)(nil),             // 4: topgun.fanout.v1.Ready
+	(*Event)(nil),             // 5: topgun.fanout.v1.Event
+	(*Heartbeat)(nil),         // 6: topgun.fanout.v1.Heartbeat
+	(*MapSequence)(nil),       // 7: topgun.fanout.v1.MapSequence
+	(*Gap)(nil),               // 8: topgun.fanout.v1.Gap
+	(*WatchRequest)(nil),      // 9: topgun.fanout.v1.WatchRequest
+	(*LiveQuery)(nil),         // 10: topgun.fanout.v1.LiveQuery
+	(*QueryResult)(nil),       // 11: topgun.fanout.v1.QueryResult
+	(*QueryChanges)(nil),      // 12: topgun.fanout.v1.QueryChanges
+	(*QueryChange)(nil),       // 13: topgun.fanout.v1.QueryChange
+	(*PublishRequest)(nil),    // 14: topgun.fanout.v1.PublishRequest
+	(*PublishResponse)(nil),   // 15: topgun.fanout.v1.PublishResponse
+	(*TopicMessage)(nil),      // 16: topgun.fanout.v1.TopicMessage
+	(*WatchResponse)(nil),     // 17: topgun.fanout.v1.WatchResponse
+	(*DescribeRequest)(nil),   // 18: topgun.fanout.v1.DescribeRequest
+	(*DescribeResponse)(nil),  // 19: topgun.fanout.v1.DescribeResponse
+	(*v1.Change)(nil),         // 20: topgun.types.v1.Change
+	(*v1.Row)(nil),            // 21: topgun.types.v1.Row
 }
 var file_topgun_fanout_v1_fanout_proto_depIdxs = []int32{
-	2,  // 0: topgun.fanout.v1.SubscribeResponse.ready:type_name -> topgun.fanout.v1.Ready
-	3,  // 1: topgun.fanout.v1.SubscribeResponse.event:type_name -> topgun.fanout.v1.Event
-	6,  // 2: topgun.fanout.v1.SubscribeResponse.gap:type_name -> topgun.fanout.v1.Gap
-	11, // 3: topgun.fanout.v1.Event.changes:type_name -> topgun.types.v1.Change
-	5,  // 4: topgun.fanout.v1.Heartbeat.maps:type_name -> topgun.fanout.v1.MapSequence
-	0,  // 5: topgun.fanout.v1.FanoutService.Subscribe:input_type -> topgun.fanout.v1.SubscribeRequest
-	7,  // 6: topgun.fanout.v1.FanoutService.Watch:input_type -> topgun.fanout.v1.WatchRequest
-	9,  // 7: topgun.fanout.v1.FanoutService.Describe:input_type -> topgun.fanout.v1.DescribeRequest
-	1,  // 8: topgun.fanout.v1.FanoutService.Subscribe:output_type -> topgun.fanout.v1.SubscribeResponse
-	8,  // 9: topgun.fanout.v1.FanoutService.Watch:output_type -> topgun.fanout.v1.WatchResponse
-	10, // 10: topgun.fanout.v1.FanoutService.Describe:output_type -> topgun.fanout.v1.DescribeResponse
-	8,  // [8:11] is the sub-list for method output_type
-	5,  // [5:8] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	4,  // 0: topgun.fanout.v1.SubscribeResponse.ready:type_name -> topgun.fanout.v1.Ready
+	5,  // 1: topgun.fanout.v1.SubscribeResponse.event:type_name -> topgun.fanout.v1.Event
+	8,  // 2: topgun.fanout.v1.SubscribeResponse.gap:type_name -> topgun.fanout.v1.Gap
+	11, // 3: topgun.fanout.v1.SubscribeResponse.query_result:type_name -> topgun.fanout.v1.QueryResult
+	12, // 4: topgun.fanout.v1.SubscribeResponse.query_changes:type_name -> topgun.fanout.v1.QueryChanges
+	16, // 5: topgun.fanout.v1.SubscribeResponse.topic_message:type_name -> topgun.fanout.v1.TopicMessage
+	20, // 6: topgun.fanout.v1.Event.changes:type_name -> topgun.types.v1.Change
+	7,  // 7: topgun.fanout.v1.Heartbeat.maps:type_name -> topgun.fanout.v1.MapSequence
+	10, // 8: topgun.fanout.v1.WatchRequest.add_queries:type_name -> topgun.fanout.v1.LiveQuery
+	21, // 9: topgun.fanout.v1.QueryResult.rows:type_name -> topgun.types.v1.Row
+	0,  // 10: topgun.fanout.v1.QueryResult.cursor_status:type_name -> topgun.fanout.v1.CursorStatus
+	13, // 11: topgun.fanout.v1.QueryChanges.changes:type_name -> topgun.fanout.v1.QueryChange
+	1,  // 12: topgun.fanout.v1.QueryChange.type:type_name -> topgun.fanout.v1.QueryChangeType
+	21, // 13: topgun.fanout.v1.QueryChange.row:type_name -> topgun.types.v1.Row
+	16, // 14: topgun.fanout.v1.PublishRequest.message:type_name -> topgun.fanout.v1.TopicMessage
+	2,  // 15: topgun.fanout.v1.FanoutService.Subscribe:input_type -> topgun.fanout.v1.SubscribeRequest
+	9,  // 16: topgun.fanout.v1.FanoutService.Watch:input_type -> topgun.fanout.v1.WatchRequest
+	14, // 17: topgun.fanout.v1.FanoutService.Publish:input_type -> topgun.fanout.v1.PublishRequest
+	18, // 18: topgun.fanout.v1.FanoutService.Describe:input_type -> topgun.fanout.v1.DescribeRequest
+	3,  // 19: topgun.fanout.v1.FanoutService.Subscribe:output_type -> topgun.fanout.v1.SubscribeResponse
+	17, // 20: topgun.fanout.v1.FanoutService.Watch:output_type -> topgun.fanout.v1.WatchResponse
+	15, // 21: topgun.fanout.v1.FanoutService.Publish:output_type -> topgun.fanout.v1.PublishResponse
+	19, // 22: topgun.fanout.v1.FanoutService.Describe:output_type -> topgun.fanout.v1.DescribeResponse
+	19, // [19:23] is the sub-list for method output_type
+	15, // [15:19] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_topgun_fanout_v1_fanout_proto_init() }
@@ -761,19 +1488,23 @@ func file_topgun_fanout_v1_fanout_proto_init() {
 		(*SubscribeResponse_Ready)(nil),
 		(*SubscribeResponse_Event)(nil),
 		(*SubscribeResponse_Gap)(nil),
+		(*SubscribeResponse_QueryResult)(nil),
+		(*SubscribeResponse_QueryChanges)(nil),
+		(*SubscribeResponse_TopicMessage)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_topgun_fanout_v1_fanout_proto_rawDesc), len(file_topgun_fanout_v1_fanout_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   11,
+			NumEnums:      2,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_topgun_fanout_v1_fanout_proto_goTypes,
 		DependencyIndexes: file_topgun_fanout_v1_fanout_proto_depIdxs,
+		EnumInfos:         file_topgun_fanout_v1_fanout_proto_enumTypes,
 		MessageInfos:      file_topgun_fanout_v1_fanout_proto_msgTypes,
 	}.Build()
 	File_topgun_fanout_v1_fanout_proto = out.File

@@ -389,7 +389,11 @@ type Op struct {
 	// The key: 1 to 512 bytes of UTF-8 without NUL.
 	Key []byte `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
 	// The record to merge; an empty value deletes. Required.
-	Record        *v1.Record `protobuf:"bytes,3,opt,name=record,proto3" json:"record,omitempty"`
+	Record *v1.Record `protobuf:"bytes,3,opt,name=record,proto3" json:"record,omitempty"`
+	// What to merge: LWW, OR or COUNTER.
+	Kind v1.Kind `protobuf:"varint,4,opt,name=kind,proto3,enum=topgun.types.v1.Kind" json:"kind,omitempty"`
+	// The tag or node, as in Change.
+	Tag           string `protobuf:"bytes,5,opt,name=tag,proto3" json:"tag,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -443,6 +447,20 @@ func (x *Op) GetRecord() *v1.Record {
 		return x.Record
 	}
 	return nil
+}
+
+func (x *Op) GetKind() v1.Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return v1.Kind(0)
+}
+
+func (x *Op) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
 }
 
 // ApplyResponse answers an ApplyRequest.
@@ -513,7 +531,13 @@ type ShardReceipt struct {
 	// How far every applied op got.
 	Level Level `protobuf:"varint,4,opt,name=level,proto3,enum=topgun.partition.v1.Level" json:"level,omitempty"`
 	// Arrival of the newest change among them, or the shard's clock when nothing changed.
-	Arrival       *v1.Arrival `protobuf:"bytes,5,opt,name=arrival,proto3" json:"arrival,omitempty"`
+	Arrival *v1.Arrival `protobuf:"bytes,5,opt,name=arrival,proto3" json:"arrival,omitempty"`
+	// Lane and stream sequence of the commit that everything in the receipts is
+	// logged up to; the store holds it once its watermark of the lane is there. Empty
+	// and 0 when all of it was logged before the node served the shard.
+	Lane string `protobuf:"bytes,6,opt,name=lane,proto3" json:"lane,omitempty"`
+	// See lane.
+	Sequence      uint64 `protobuf:"varint,7,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -583,12 +607,26 @@ func (x *ShardReceipt) GetArrival() *v1.Arrival {
 	return nil
 }
 
+func (x *ShardReceipt) GetLane() string {
+	if x != nil {
+		return x.Lane
+	}
+	return ""
+}
+
+func (x *ShardReceipt) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
 // Receipt says what became of one op.
 type Receipt struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What the merge did.
 	Outcome Outcome `protobuf:"varint,1,opt,name=outcome,proto3,enum=topgun.partition.v1.Outcome" json:"outcome,omitempty"`
-	// The record that the key holds, where it is not what the op carried:
+	// The record that the key, or tag, holds, where it is not what the op carried:
 	// with SUPERSEDED and RESTAMPED.
 	Winner *v1.Record `protobuf:"bytes,2,opt,name=winner,proto3" json:"winner,omitempty"`
 	// Why the op was rejected: a fixed text that never repeats input.
@@ -656,7 +694,9 @@ type LeavesRequest struct {
 	// The shards to add up; none means all that the node owns.
 	Shards []uint32 `protobuf:"varint,2,rep,packed,name=shards,proto3" json:"shards,omitempty"`
 	// How to combine.
-	Combine       Combine `protobuf:"varint,3,opt,name=combine,proto3,enum=topgun.partition.v1.Combine" json:"combine,omitempty"`
+	Combine Combine `protobuf:"varint,3,opt,name=combine,proto3,enum=topgun.partition.v1.Combine" json:"combine,omitempty"`
+	// LWW or OR.
+	Kind          v1.Kind `protobuf:"varint,4,opt,name=kind,proto3,enum=topgun.types.v1.Kind" json:"kind,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -710,6 +750,13 @@ func (x *LeavesRequest) GetCombine() Combine {
 		return x.Combine
 	}
 	return Combine_COMBINE_UNSPECIFIED
+}
+
+func (x *LeavesRequest) GetKind() v1.Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return v1.Kind(0)
 }
 
 // LeavesResponse holds leaf hashes that add up over nodes.
@@ -804,7 +851,9 @@ type RecordsRequest struct {
 	// First leaf, 0 to 4095.
 	FirstLeaf uint32 `protobuf:"varint,3,opt,name=first_leaf,json=firstLeaf,proto3" json:"first_leaf,omitempty"`
 	// Last leaf, at least first_leaf, at most 4095.
-	LastLeaf      uint32 `protobuf:"varint,4,opt,name=last_leaf,json=lastLeaf,proto3" json:"last_leaf,omitempty"`
+	LastLeaf uint32 `protobuf:"varint,4,opt,name=last_leaf,json=lastLeaf,proto3" json:"last_leaf,omitempty"`
+	// LWW or OR.
+	Kind          v1.Kind `protobuf:"varint,5,opt,name=kind,proto3,enum=topgun.types.v1.Kind" json:"kind,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -867,6 +916,13 @@ func (x *RecordsRequest) GetLastLeaf() uint32 {
 	return 0
 }
 
+func (x *RecordsRequest) GetKind() v1.Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return v1.Kind(0)
+}
+
 // RecordsResponse holds the records asked for.
 type RecordsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -925,7 +981,9 @@ type SinceRequest struct {
 	// Most records to return, 1 to 10,000; 0 means 1,000.
 	Limit uint32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
 	// Most bytes of keys and values to return, or one record; 0 means 1 MiB.
-	MaxBytes      uint32 `protobuf:"varint,5,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	MaxBytes uint32 `protobuf:"varint,5,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	// LWW or OR.
+	Kind          v1.Kind `protobuf:"varint,6,opt,name=kind,proto3,enum=topgun.types.v1.Kind" json:"kind,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -995,6 +1053,13 @@ func (x *SinceRequest) GetMaxBytes() uint32 {
 	return 0
 }
 
+func (x *SinceRequest) GetKind() v1.Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return v1.Kind(0)
+}
+
 // SinceResponse is one page of what arrived.
 type SinceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1060,26 +1125,143 @@ func (x *SinceResponse) GetMore() bool {
 	return false
 }
 
+// GetRequest names keys.
+type GetRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the map, or of what the kind says.
+	Map string `protobuf:"bytes,1,opt,name=map,proto3" json:"map,omitempty"`
+	// LWW, OR or COUNTER.
+	Kind v1.Kind `protobuf:"varint,2,opt,name=kind,proto3,enum=topgun.types.v1.Kind" json:"kind,omitempty"`
+	// The keys, all of shards that the node serves; 1 to 10,000.
+	Keys          [][]byte `protobuf:"bytes,3,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRequest) Reset() {
+	*x = GetRequest{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRequest) ProtoMessage() {}
+
+func (x *GetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
+func (*GetRequest) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *GetRequest) GetMap() string {
+	if x != nil {
+		return x.Map
+	}
+	return ""
+}
+
+func (x *GetRequest) GetKind() v1.Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return v1.Kind(0)
+}
+
+func (x *GetRequest) GetKeys() [][]byte {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+// GetResponse holds what the keys hold.
+type GetResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The records, one for each tag with OR and COUNTER; origin is empty.
+	Changes       []*v1.Change `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetResponse) Reset() {
+	*x = GetResponse{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetResponse) ProtoMessage() {}
+
+func (x *GetResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
+func (*GetResponse) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *GetResponse) GetChanges() []*v1.Change {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
 // QueryRequest asks for matching records.
 type QueryRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Name of the map.
+	// Name of the map. A key's row is its LWW record, or else the array of its
+	// visible values in the OR-map of that name.
 	Map string `protobuf:"bytes,1,opt,name=map,proto3" json:"map,omitempty"`
 	// The shards to read; none means all that the node owns.
 	Shards []uint32 `protobuf:"varint,2,rep,packed,name=shards,proto3" json:"shards,omitempty"`
-	// A msgpack map field → value, all of which must be equal; empty matches all.
-	Where []byte `protobuf:"bytes,3,opt,name=where,proto3" json:"where,omitempty"`
-	// Only keys greater than this one, bytewise; empty means from the beginning.
-	AfterKey []byte `protobuf:"bytes,4,opt,name=after_key,json=afterKey,proto3" json:"after_key,omitempty"`
-	// Most rows to return, 1 to 10,000; 0 means 1,000.
-	Limit         uint32 `protobuf:"varint,5,opt,name=limit,proto3" json:"limit,omitempty"`
+	// The query, the msgpack map of PROTOCOL 12.1; empty matches all. Its limit,
+	// offset, cursor and fields are the caller's business.
+	Query []byte `protobuf:"bytes,6,opt,name=query,proto3" json:"query,omitempty"`
+	// Only rows that come after this position in the order of the query; empty means
+	// from the beginning.
+	After []byte `protobuf:"bytes,7,opt,name=after,proto3" json:"after,omitempty"`
+	// Most rows to return, 1 to 100,000; 0 means 1,000. Groups are not limited so.
+	Limit uint32 `protobuf:"varint,5,opt,name=limit,proto3" json:"limit,omitempty"`
+	// Most bytes of keys and values to return, or one row; 0 means 8 MiB.
+	MaxBytes uint32 `protobuf:"varint,8,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	// Return rows although the query has groups.
+	Ungrouped     bool `protobuf:"varint,9,opt,name=ungrouped,proto3" json:"ungrouped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *QueryRequest) Reset() {
 	*x = QueryRequest{}
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[12]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1273,7 @@ func (x *QueryRequest) String() string {
 func (*QueryRequest) ProtoMessage() {}
 
 func (x *QueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[12]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1286,7 @@ func (x *QueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryRequest.ProtoReflect.Descriptor instead.
 func (*QueryRequest) Descriptor() ([]byte, []int) {
-	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{12}
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *QueryRequest) GetMap() string {
@@ -1121,16 +1303,16 @@ func (x *QueryRequest) GetShards() []uint32 {
 	return nil
 }
 
-func (x *QueryRequest) GetWhere() []byte {
+func (x *QueryRequest) GetQuery() []byte {
 	if x != nil {
-		return x.Where
+		return x.Query
 	}
 	return nil
 }
 
-func (x *QueryRequest) GetAfterKey() []byte {
+func (x *QueryRequest) GetAfter() []byte {
 	if x != nil {
-		return x.AfterKey
+		return x.After
 	}
 	return nil
 }
@@ -1142,20 +1324,37 @@ func (x *QueryRequest) GetLimit() uint32 {
 	return 0
 }
 
+func (x *QueryRequest) GetMaxBytes() uint32 {
+	if x != nil {
+		return x.MaxBytes
+	}
+	return 0
+}
+
+func (x *QueryRequest) GetUngrouped() bool {
+	if x != nil {
+		return x.Ungrouped
+	}
+	return false
+}
+
 // QueryResponse holds matching records.
 type QueryResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The rows, by key, bytewise ascending.
+	// The rows, in the order of the query. With groups: one row per group, whose key
+	// is the group's and whose value is a partial state to be merged.
 	Rows []*Row `protobuf:"bytes,1,rep,name=rows,proto3" json:"rows,omitempty"`
-	// Whether more rows match.
-	More          bool `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	// Whether more rows match. With groups: whether there are too many groups.
+	More bool `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	// Per shard read, the arrival up to which the rows are the state of the map.
+	Covered       []*ShardCovered `protobuf:"bytes,3,rep,name=covered,proto3" json:"covered,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *QueryResponse) Reset() {
 	*x = QueryResponse{}
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[13]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1167,7 +1366,7 @@ func (x *QueryResponse) String() string {
 func (*QueryResponse) ProtoMessage() {}
 
 func (x *QueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[13]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1180,7 +1379,7 @@ func (x *QueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryResponse.ProtoReflect.Descriptor instead.
 func (*QueryResponse) Descriptor() ([]byte, []int) {
-	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{13}
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *QueryResponse) GetRows() []*Row {
@@ -1197,6 +1396,13 @@ func (x *QueryResponse) GetMore() bool {
 	return false
 }
 
+func (x *QueryResponse) GetCovered() []*ShardCovered {
+	if x != nil {
+		return x.Covered
+	}
+	return nil
+}
+
 // Row is one result of a query.
 type Row struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1210,7 +1416,7 @@ type Row struct {
 
 func (x *Row) Reset() {
 	*x = Row{}
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[14]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1222,7 +1428,7 @@ func (x *Row) String() string {
 func (*Row) ProtoMessage() {}
 
 func (x *Row) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[14]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1235,7 +1441,7 @@ func (x *Row) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Row.ProtoReflect.Descriptor instead.
 func (*Row) Descriptor() ([]byte, []int) {
-	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{14}
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Row) GetKey() []byte {
@@ -1252,6 +1458,61 @@ func (x *Row) GetValue() []byte {
 	return nil
 }
 
+// ShardCovered is how far an answer covers a shard.
+type ShardCovered struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The shard.
+	Shard uint32 `protobuf:"varint,1,opt,name=shard,proto3" json:"shard,omitempty"`
+	// Everything that arrived up to here was looked at, and nothing later.
+	Covered       *v1.Arrival `protobuf:"bytes,2,opt,name=covered,proto3" json:"covered,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShardCovered) Reset() {
+	*x = ShardCovered{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShardCovered) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShardCovered) ProtoMessage() {}
+
+func (x *ShardCovered) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShardCovered.ProtoReflect.Descriptor instead.
+func (*ShardCovered) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ShardCovered) GetShard() uint32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
+func (x *ShardCovered) GetCovered() *v1.Arrival {
+	if x != nil {
+		return x.Covered
+	}
+	return nil
+}
+
 // ListMapsRequest asks for the maps.
 type ListMapsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1261,7 +1522,7 @@ type ListMapsRequest struct {
 
 func (x *ListMapsRequest) Reset() {
 	*x = ListMapsRequest{}
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[15]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1534,7 @@ func (x *ListMapsRequest) String() string {
 func (*ListMapsRequest) ProtoMessage() {}
 
 func (x *ListMapsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[15]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1547,7 @@ func (x *ListMapsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMapsRequest.ProtoReflect.Descriptor instead.
 func (*ListMapsRequest) Descriptor() ([]byte, []int) {
-	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{15}
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{18}
 }
 
 // ListMapsResponse lists maps by name.
@@ -1300,7 +1561,7 @@ type ListMapsResponse struct {
 
 func (x *ListMapsResponse) Reset() {
 	*x = ListMapsResponse{}
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[16]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1573,7 @@ func (x *ListMapsResponse) String() string {
 func (*ListMapsResponse) ProtoMessage() {}
 
 func (x *ListMapsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[16]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1586,7 @@ func (x *ListMapsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMapsResponse.ProtoReflect.Descriptor instead.
 func (*ListMapsResponse) Descriptor() ([]byte, []int) {
-	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{16}
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListMapsResponse) GetMaps() []*MapInfo {
@@ -1343,14 +1604,16 @@ type MapInfo struct {
 	// Records that are not tombstones.
 	Records uint64 `protobuf:"varint,2,opt,name=records,proto3" json:"records,omitempty"`
 	// Tombstones.
-	Tombstones    uint64 `protobuf:"varint,3,opt,name=tombstones,proto3" json:"tombstones,omitempty"`
+	Tombstones uint64 `protobuf:"varint,3,opt,name=tombstones,proto3" json:"tombstones,omitempty"`
+	// LWW, OR or COUNTER.
+	Kind          v1.Kind `protobuf:"varint,4,opt,name=kind,proto3,enum=topgun.types.v1.Kind" json:"kind,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MapInfo) Reset() {
 	*x = MapInfo{}
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[17]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1625,7 @@ func (x *MapInfo) String() string {
 func (*MapInfo) ProtoMessage() {}
 
 func (x *MapInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[17]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1638,7 @@ func (x *MapInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MapInfo.ProtoReflect.Descriptor instead.
 func (*MapInfo) Descriptor() ([]byte, []int) {
-	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{17}
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *MapInfo) GetName() string {
@@ -1399,6 +1662,13 @@ func (x *MapInfo) GetTombstones() uint64 {
 	return 0
 }
 
+func (x *MapInfo) GetKind() v1.Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return v1.Kind(0)
+}
+
 // DescribeRequest asks what the node owns.
 type DescribeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1408,7 +1678,7 @@ type DescribeRequest struct {
 
 func (x *DescribeRequest) Reset() {
 	*x = DescribeRequest{}
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[18]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1420,7 +1690,7 @@ func (x *DescribeRequest) String() string {
 func (*DescribeRequest) ProtoMessage() {}
 
 func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[18]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1433,7 +1703,7 @@ func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeRequest.ProtoReflect.Descriptor instead.
 func (*DescribeRequest) Descriptor() ([]byte, []int) {
-	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{18}
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{21}
 }
 
 // DescribeResponse says what the node owns.
@@ -1452,14 +1722,20 @@ type DescribeResponse struct {
 	// Version of the shard map.
 	MapVersion uint64 `protobuf:"varint,6,opt,name=map_version,json=mapVersion,proto3" json:"map_version,omitempty"`
 	// The level that an answered Apply reaches.
-	Level         Level `protobuf:"varint,7,opt,name=level,proto3,enum=topgun.partition.v1.Level" json:"level,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Level Level `protobuf:"varint,7,opt,name=level,proto3,enum=topgun.partition.v1.Level" json:"level,omitempty"`
+	// How long tombstones are kept, in milliseconds; 0 for ever. An op older than
+	// that on a key that holds nothing is rejected.
+	TombstoneRetentionMillis uint64 `protobuf:"varint,8,opt,name=tombstone_retention_millis,json=tombstoneRetentionMillis,proto3" json:"tombstone_retention_millis,omitempty"`
+	// Tombstones that arrived and were stamped before this time, in milliseconds, are
+	// gone from every shard of the node; 0 if none ever was looked for.
+	PrunedBeforeMillis uint64 `protobuf:"varint,9,opt,name=pruned_before_millis,json=prunedBeforeMillis,proto3" json:"pruned_before_millis,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *DescribeResponse) Reset() {
 	*x = DescribeResponse{}
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[19]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1747,7 @@ func (x *DescribeResponse) String() string {
 func (*DescribeResponse) ProtoMessage() {}
 
 func (x *DescribeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_topgun_partition_v1_partition_proto_msgTypes[19]
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1760,7 @@ func (x *DescribeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeResponse.ProtoReflect.Descriptor instead.
 func (*DescribeResponse) Descriptor() ([]byte, []int) {
-	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{19}
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DescribeResponse) GetNodeId() string {
@@ -1536,6 +1812,334 @@ func (x *DescribeResponse) GetLevel() Level {
 	return Level_LEVEL_UNSPECIFIED
 }
 
+func (x *DescribeResponse) GetTombstoneRetentionMillis() uint64 {
+	if x != nil {
+		return x.TombstoneRetentionMillis
+	}
+	return 0
+}
+
+func (x *DescribeResponse) GetPrunedBeforeMillis() uint64 {
+	if x != nil {
+		return x.PrunedBeforeMillis
+	}
+	return 0
+}
+
+// AcquireLockRequest asks for a lock.
+type AcquireLockRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the lock: 1 to 256 of [A-Za-z0-9_.:/-].
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The session that will hold it: unique over all gateways and restarts, at most
+	// 128 bytes. A session that holds the lock gets its token again, and the lock
+	// lasts ttl_millis from then on.
+	Session string `protobuf:"bytes,2,opt,name=session,proto3" json:"session,omitempty"`
+	// How long the lock lasts at most, in milliseconds: 1 to 86,400,000.
+	TtlMillis uint64 `protobuf:"varint,3,opt,name=ttl_millis,json=ttlMillis,proto3" json:"ttl_millis,omitempty"`
+	// How long to wait, in milliseconds, at most 86,400,000.
+	WaitMillis    uint64 `protobuf:"varint,4,opt,name=wait_millis,json=waitMillis,proto3" json:"wait_millis,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcquireLockRequest) Reset() {
+	*x = AcquireLockRequest{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcquireLockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcquireLockRequest) ProtoMessage() {}
+
+func (x *AcquireLockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcquireLockRequest.ProtoReflect.Descriptor instead.
+func (*AcquireLockRequest) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *AcquireLockRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AcquireLockRequest) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *AcquireLockRequest) GetTtlMillis() uint64 {
+	if x != nil {
+		return x.TtlMillis
+	}
+	return 0
+}
+
+func (x *AcquireLockRequest) GetWaitMillis() uint64 {
+	if x != nil {
+		return x.WaitMillis
+	}
+	return 0
+}
+
+// AcquireLockResponse says whether the lock is held.
+type AcquireLockResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether the session holds the lock; false when the wait was over.
+	Granted bool `protobuf:"varint,1,opt,name=granted,proto3" json:"granted,omitempty"`
+	// Greater than every token that the lock's name ever had; at most 2^53.
+	FencingToken  uint64 `protobuf:"varint,2,opt,name=fencing_token,json=fencingToken,proto3" json:"fencing_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcquireLockResponse) Reset() {
+	*x = AcquireLockResponse{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcquireLockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcquireLockResponse) ProtoMessage() {}
+
+func (x *AcquireLockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcquireLockResponse.ProtoReflect.Descriptor instead.
+func (*AcquireLockResponse) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *AcquireLockResponse) GetGranted() bool {
+	if x != nil {
+		return x.Granted
+	}
+	return false
+}
+
+func (x *AcquireLockResponse) GetFencingToken() uint64 {
+	if x != nil {
+		return x.FencingToken
+	}
+	return 0
+}
+
+// ReleaseLockRequest gives a lock back.
+type ReleaseLockRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the lock.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The token it was granted with.
+	FencingToken  uint64 `protobuf:"varint,2,opt,name=fencing_token,json=fencingToken,proto3" json:"fencing_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseLockRequest) Reset() {
+	*x = ReleaseLockRequest{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseLockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseLockRequest) ProtoMessage() {}
+
+func (x *ReleaseLockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseLockRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseLockRequest) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ReleaseLockRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ReleaseLockRequest) GetFencingToken() uint64 {
+	if x != nil {
+		return x.FencingToken
+	}
+	return 0
+}
+
+// ReleaseLockResponse says what happened.
+type ReleaseLockResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether the token was the holder's, so that the lock is free.
+	Released      bool `protobuf:"varint,1,opt,name=released,proto3" json:"released,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseLockResponse) Reset() {
+	*x = ReleaseLockResponse{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseLockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseLockResponse) ProtoMessage() {}
+
+func (x *ReleaseLockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseLockResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseLockResponse) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ReleaseLockResponse) GetReleased() bool {
+	if x != nil {
+		return x.Released
+	}
+	return false
+}
+
+// KeepLocksRequest names sessions that are alive.
+type KeepLocksRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Sessions that hold a lock or wait for one. At most 100,000.
+	Sessions      []string `protobuf:"bytes,1,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepLocksRequest) Reset() {
+	*x = KeepLocksRequest{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepLocksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepLocksRequest) ProtoMessage() {}
+
+func (x *KeepLocksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepLocksRequest.ProtoReflect.Descriptor instead.
+func (*KeepLocksRequest) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *KeepLocksRequest) GetSessions() []string {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
+// KeepLocksResponse says that they were noted.
+type KeepLocksResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepLocksResponse) Reset() {
+	*x = KeepLocksResponse{}
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepLocksResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepLocksResponse) ProtoMessage() {}
+
+func (x *KeepLocksResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_partition_v1_partition_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepLocksResponse.ProtoReflect.Descriptor instead.
+func (*KeepLocksResponse) Descriptor() ([]byte, []int) {
+	return file_topgun_partition_v1_partition_proto_rawDescGZIP(), []int{28}
+}
+
 var File_topgun_partition_v1_partition_proto protoreflect.FileDescriptor
 
 const file_topgun_partition_v1_partition_proto_rawDesc = "" +
@@ -1547,76 +2151,97 @@ const file_topgun_partition_v1_partition_proto_rawDesc = "" +
 	"\x05shard\x18\x01 \x01(\rR\x05shard\x12\x16\n" +
 	"\x06origin\x18\x02 \x01(\tR\x06origin\x12!\n" +
 	"\ftrace_parent\x18\x03 \x01(\tR\vtraceParent\x12)\n" +
-	"\x03ops\x18\x04 \x03(\v2\x17.topgun.partition.v1.OpR\x03ops\"Y\n" +
+	"\x03ops\x18\x04 \x03(\v2\x17.topgun.partition.v1.OpR\x03ops\"\x96\x01\n" +
 	"\x02Op\x12\x10\n" +
 	"\x03map\x18\x01 \x01(\tR\x03map\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12/\n" +
-	"\x06record\x18\x03 \x01(\v2\x17.topgun.types.v1.RecordR\x06record\"k\n" +
+	"\x06record\x18\x03 \x01(\v2\x17.topgun.types.v1.RecordR\x06record\x12)\n" +
+	"\x04kind\x18\x04 \x01(\x0e2\x15.topgun.types.v1.KindR\x04kind\x12\x10\n" +
+	"\x03tag\x18\x05 \x01(\tR\x03tag\"k\n" +
 	"\rApplyResponse\x129\n" +
 	"\x06shards\x18\x01 \x03(\v2!.topgun.partition.v1.ShardReceiptR\x06shards\x12\x1f\n" +
 	"\vmap_version\x18\x02 \x01(\x04R\n" +
-	"mapVersion\"\x94\x02\n" +
+	"mapVersion\"\xc4\x02\n" +
 	"\fShardReceipt\x126\n" +
 	"\arefusal\x18\x01 \x01(\x0e2\x1c.topgun.partition.v1.RefusalR\arefusal\x12,\n" +
 	"\x12retry_after_millis\x18\x02 \x01(\rR\x10retryAfterMillis\x128\n" +
 	"\breceipts\x18\x03 \x03(\v2\x1c.topgun.partition.v1.ReceiptR\breceipts\x120\n" +
 	"\x05level\x18\x04 \x01(\x0e2\x1a.topgun.partition.v1.LevelR\x05level\x122\n" +
-	"\aarrival\x18\x05 \x01(\v2\x18.topgun.types.v1.ArrivalR\aarrival\"\x8a\x01\n" +
+	"\aarrival\x18\x05 \x01(\v2\x18.topgun.types.v1.ArrivalR\aarrival\x12\x12\n" +
+	"\x04lane\x18\x06 \x01(\tR\x04lane\x12\x1a\n" +
+	"\bsequence\x18\a \x01(\x04R\bsequence\"\x8a\x01\n" +
 	"\aReceipt\x126\n" +
 	"\aoutcome\x18\x01 \x01(\x0e2\x1c.topgun.partition.v1.OutcomeR\aoutcome\x12/\n" +
 	"\x06winner\x18\x02 \x01(\v2\x17.topgun.types.v1.RecordR\x06winner\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"q\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\x9c\x01\n" +
 	"\rLeavesRequest\x12\x10\n" +
 	"\x03map\x18\x01 \x01(\tR\x03map\x12\x16\n" +
 	"\x06shards\x18\x02 \x03(\rR\x06shards\x126\n" +
-	"\acombine\x18\x03 \x01(\x0e2\x1c.topgun.partition.v1.CombineR\acombine\"\xad\x01\n" +
+	"\acombine\x18\x03 \x01(\x0e2\x1c.topgun.partition.v1.CombineR\acombine\x12)\n" +
+	"\x04kind\x18\x04 \x01(\x0e2\x15.topgun.types.v1.KindR\x04kind\"\xad\x01\n" +
 	"\x0eLeavesResponse\x12\x16\n" +
 	"\x06leaves\x18\x01 \x03(\rR\x06leaves\x12\x16\n" +
 	"\x06hashes\x18\x02 \x03(\aR\x06hashes\x12\x18\n" +
 	"\arecords\x18\x03 \x01(\x04R\arecords\x122\n" +
 	"\acovered\x18\x04 \x01(\v2\x18.topgun.types.v1.ArrivalR\acovered\x12\x1d\n" +
 	"\n" +
-	"now_millis\x18\x05 \x01(\x04R\tnowMillis\"v\n" +
+	"now_millis\x18\x05 \x01(\x04R\tnowMillis\"\xa1\x01\n" +
 	"\x0eRecordsRequest\x12\x10\n" +
 	"\x03map\x18\x01 \x01(\tR\x03map\x12\x16\n" +
 	"\x06shards\x18\x02 \x03(\rR\x06shards\x12\x1d\n" +
 	"\n" +
 	"first_leaf\x18\x03 \x01(\rR\tfirstLeaf\x12\x1b\n" +
-	"\tlast_leaf\x18\x04 \x01(\rR\blastLeaf\"D\n" +
+	"\tlast_leaf\x18\x04 \x01(\rR\blastLeaf\x12)\n" +
+	"\x04kind\x18\x05 \x01(\x0e2\x15.topgun.types.v1.KindR\x04kind\"D\n" +
 	"\x0fRecordsResponse\x121\n" +
-	"\achanges\x18\x01 \x03(\v2\x17.topgun.types.v1.ChangeR\achanges\"\x9b\x01\n" +
+	"\achanges\x18\x01 \x03(\v2\x17.topgun.types.v1.ChangeR\achanges\"\xc6\x01\n" +
 	"\fSinceRequest\x12\x10\n" +
 	"\x03map\x18\x01 \x01(\tR\x03map\x12\x16\n" +
 	"\x06shards\x18\x02 \x03(\rR\x06shards\x12.\n" +
 	"\x05after\x18\x03 \x01(\v2\x18.topgun.types.v1.ArrivalR\x05after\x12\x14\n" +
 	"\x05limit\x18\x04 \x01(\rR\x05limit\x12\x1b\n" +
-	"\tmax_bytes\x18\x05 \x01(\rR\bmaxBytes\"\x8a\x01\n" +
+	"\tmax_bytes\x18\x05 \x01(\rR\bmaxBytes\x12)\n" +
+	"\x04kind\x18\x06 \x01(\x0e2\x15.topgun.types.v1.KindR\x04kind\"\x8a\x01\n" +
 	"\rSinceResponse\x121\n" +
 	"\achanges\x18\x01 \x03(\v2\x17.topgun.types.v1.ChangeR\achanges\x122\n" +
 	"\acovered\x18\x02 \x01(\v2\x18.topgun.types.v1.ArrivalR\acovered\x12\x12\n" +
-	"\x04more\x18\x03 \x01(\bR\x04more\"\x81\x01\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\"]\n" +
+	"\n" +
+	"GetRequest\x12\x10\n" +
+	"\x03map\x18\x01 \x01(\tR\x03map\x12)\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x15.topgun.types.v1.KindR\x04kind\x12\x12\n" +
+	"\x04keys\x18\x03 \x03(\fR\x04keys\"@\n" +
+	"\vGetResponse\x121\n" +
+	"\achanges\x18\x01 \x03(\v2\x17.topgun.types.v1.ChangeR\achanges\"\xd3\x01\n" +
 	"\fQueryRequest\x12\x10\n" +
 	"\x03map\x18\x01 \x01(\tR\x03map\x12\x16\n" +
 	"\x06shards\x18\x02 \x03(\rR\x06shards\x12\x14\n" +
-	"\x05where\x18\x03 \x01(\fR\x05where\x12\x1b\n" +
-	"\tafter_key\x18\x04 \x01(\fR\bafterKey\x12\x14\n" +
-	"\x05limit\x18\x05 \x01(\rR\x05limit\"Q\n" +
+	"\x05query\x18\x06 \x01(\fR\x05query\x12\x14\n" +
+	"\x05after\x18\a \x01(\fR\x05after\x12\x14\n" +
+	"\x05limit\x18\x05 \x01(\rR\x05limit\x12\x1b\n" +
+	"\tmax_bytes\x18\b \x01(\rR\bmaxBytes\x12\x1c\n" +
+	"\tungrouped\x18\t \x01(\bR\tungroupedJ\x04\b\x03\x10\x04J\x04\b\x04\x10\x05R\x05whereR\tafter_key\"\x8e\x01\n" +
 	"\rQueryResponse\x12,\n" +
 	"\x04rows\x18\x01 \x03(\v2\x18.topgun.partition.v1.RowR\x04rows\x12\x12\n" +
-	"\x04more\x18\x02 \x01(\bR\x04more\"-\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\x12;\n" +
+	"\acovered\x18\x03 \x03(\v2!.topgun.partition.v1.ShardCoveredR\acovered\"-\n" +
 	"\x03Row\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\fR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\fR\x05value\"\x11\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\"X\n" +
+	"\fShardCovered\x12\x14\n" +
+	"\x05shard\x18\x01 \x01(\rR\x05shard\x122\n" +
+	"\acovered\x18\x02 \x01(\v2\x18.topgun.types.v1.ArrivalR\acovered\"\x11\n" +
 	"\x0fListMapsRequest\"D\n" +
 	"\x10ListMapsResponse\x120\n" +
-	"\x04maps\x18\x01 \x03(\v2\x1c.topgun.partition.v1.MapInfoR\x04maps\"W\n" +
+	"\x04maps\x18\x01 \x03(\v2\x1c.topgun.partition.v1.MapInfoR\x04maps\"\x82\x01\n" +
 	"\aMapInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\arecords\x18\x02 \x01(\x04R\arecords\x12\x1e\n" +
 	"\n" +
 	"tombstones\x18\x03 \x01(\x04R\n" +
-	"tombstones\"\x11\n" +
-	"\x0fDescribeRequest\"\xe5\x01\n" +
+	"tombstones\x12)\n" +
+	"\x04kind\x18\x04 \x01(\x0e2\x15.topgun.types.v1.KindR\x04kind\"\x11\n" +
+	"\x0fDescribeRequest\"\xd5\x02\n" +
 	"\x10DescribeResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04lane\x18\x02 \x01(\tR\x04lane\x12\x18\n" +
@@ -1626,7 +2251,27 @@ const file_topgun_partition_v1_partition_proto_rawDesc = "" +
 	"\x06shards\x18\x05 \x03(\rR\x06shards\x12\x1f\n" +
 	"\vmap_version\x18\x06 \x01(\x04R\n" +
 	"mapVersion\x120\n" +
-	"\x05level\x18\a \x01(\x0e2\x1a.topgun.partition.v1.LevelR\x05level*n\n" +
+	"\x05level\x18\a \x01(\x0e2\x1a.topgun.partition.v1.LevelR\x05level\x12<\n" +
+	"\x1atombstone_retention_millis\x18\b \x01(\x04R\x18tombstoneRetentionMillis\x120\n" +
+	"\x14pruned_before_millis\x18\t \x01(\x04R\x12prunedBeforeMillis\"\x82\x01\n" +
+	"\x12AcquireLockRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\asession\x18\x02 \x01(\tR\asession\x12\x1d\n" +
+	"\n" +
+	"ttl_millis\x18\x03 \x01(\x04R\tttlMillis\x12\x1f\n" +
+	"\vwait_millis\x18\x04 \x01(\x04R\n" +
+	"waitMillis\"T\n" +
+	"\x13AcquireLockResponse\x12\x18\n" +
+	"\agranted\x18\x01 \x01(\bR\agranted\x12#\n" +
+	"\rfencing_token\x18\x02 \x01(\x04R\ffencingToken\"M\n" +
+	"\x12ReleaseLockRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12#\n" +
+	"\rfencing_token\x18\x02 \x01(\x04R\ffencingToken\"1\n" +
+	"\x13ReleaseLockResponse\x12\x1a\n" +
+	"\breleased\x18\x01 \x01(\bR\breleased\".\n" +
+	"\x10KeepLocksRequest\x12\x1a\n" +
+	"\bsessions\x18\x01 \x03(\tR\bsessions\"\x13\n" +
+	"\x11KeepLocksResponse*n\n" +
 	"\x05Level\x12\x15\n" +
 	"\x11LEVEL_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fLEVEL_MEMORY\x10\x01\x12\x11\n" +
@@ -1648,13 +2293,17 @@ const file_topgun_partition_v1_partition_proto_rawDesc = "" +
 	"\aCombine\x12\x17\n" +
 	"\x13COMBINE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rCOMBINE_MIXED\x10\x01\x12\x11\n" +
-	"\rCOMBINE_PLAIN\x10\x022\xfb\x04\n" +
+	"\rCOMBINE_PLAIN\x10\x022\xea\a\n" +
 	"\x10PartitionService\x12N\n" +
 	"\x05Apply\x12!.topgun.partition.v1.ApplyRequest\x1a\".topgun.partition.v1.ApplyResponse\x12V\n" +
 	"\x06Leaves\x12\".topgun.partition.v1.LeavesRequest\x1a#.topgun.partition.v1.LeavesResponse\"\x03\x90\x02\x01\x12Y\n" +
 	"\aRecords\x12#.topgun.partition.v1.RecordsRequest\x1a$.topgun.partition.v1.RecordsResponse\"\x03\x90\x02\x01\x12S\n" +
-	"\x05Since\x12!.topgun.partition.v1.SinceRequest\x1a\".topgun.partition.v1.SinceResponse\"\x03\x90\x02\x01\x12S\n" +
-	"\x05Query\x12!.topgun.partition.v1.QueryRequest\x1a\".topgun.partition.v1.QueryResponse\"\x03\x90\x02\x01\x12\\\n" +
+	"\x05Since\x12!.topgun.partition.v1.SinceRequest\x1a\".topgun.partition.v1.SinceResponse\"\x03\x90\x02\x01\x12M\n" +
+	"\x03Get\x12\x1f.topgun.partition.v1.GetRequest\x1a .topgun.partition.v1.GetResponse\"\x03\x90\x02\x01\x12S\n" +
+	"\x05Query\x12!.topgun.partition.v1.QueryRequest\x1a\".topgun.partition.v1.QueryResponse\"\x03\x90\x02\x01\x12`\n" +
+	"\vAcquireLock\x12'.topgun.partition.v1.AcquireLockRequest\x1a(.topgun.partition.v1.AcquireLockResponse\x12`\n" +
+	"\vReleaseLock\x12'.topgun.partition.v1.ReleaseLockRequest\x1a(.topgun.partition.v1.ReleaseLockResponse\x12Z\n" +
+	"\tKeepLocks\x12%.topgun.partition.v1.KeepLocksRequest\x1a&.topgun.partition.v1.KeepLocksResponse\x12\\\n" +
 	"\bListMaps\x12$.topgun.partition.v1.ListMapsRequest\x1a%.topgun.partition.v1.ListMapsResponse\"\x03\x90\x02\x01\x12\\\n" +
 	"\bDescribe\x12$.topgun.partition.v1.DescribeRequest\x1a%.topgun.partition.v1.DescribeResponse\"\x03\x90\x02\x01BFZDgithub.com/topgun-sync/topgun/gen/go/topgun/partition/v1;partitionv1b\x06proto3"
 
@@ -1671,75 +2320,102 @@ func file_topgun_partition_v1_partition_proto_rawDescGZIP() []byte {
 }
 
 var file_topgun_partition_v1_partition_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_topgun_partition_v1_partition_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_topgun_partition_v1_partition_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_topgun_partition_v1_partition_proto_goTypes = []any{
-	(Level)(0),               // 0: topgun.partition.v1.Level
-	(Refusal)(0),             // 1: topgun.partition.v1.Refusal
-	(Outcome)(0),             // 2: topgun.partition.v1.Outcome
-	(Combine)(0),             // 3: topgun.partition.v1.Combine
-	(*ApplyRequest)(nil),     // 4: topgun.partition.v1.ApplyRequest
-	(*ShardOps)(nil),         // 5: topgun.partition.v1.ShardOps
-	(*Op)(nil),               // 6: topgun.partition.v1.Op
-	(*ApplyResponse)(nil),    // 7: topgun.partition.v1.ApplyResponse
-	(*ShardReceipt)(nil),     // 8: topgun.partition.v1.ShardReceipt
-	(*Receipt)(nil),          // 9: topgun.partition.v1.Receipt
-	(*LeavesRequest)(nil),    // 10: topgun.partition.v1.LeavesRequest
-	(*LeavesResponse)(nil),   // 11: topgun.partition.v1.LeavesResponse
-	(*RecordsRequest)(nil),   // 12: topgun.partition.v1.RecordsRequest
-	(*RecordsResponse)(nil),  // 13: topgun.partition.v1.RecordsResponse
-	(*SinceRequest)(nil),     // 14: topgun.partition.v1.SinceRequest
-	(*SinceResponse)(nil),    // 15: topgun.partition.v1.SinceResponse
-	(*QueryRequest)(nil),     // 16: topgun.partition.v1.QueryRequest
-	(*QueryResponse)(nil),    // 17: topgun.partition.v1.QueryResponse
-	(*Row)(nil),              // 18: topgun.partition.v1.Row
-	(*ListMapsRequest)(nil),  // 19: topgun.partition.v1.ListMapsRequest
-	(*ListMapsResponse)(nil), // 20: topgun.partition.v1.ListMapsResponse
-	(*MapInfo)(nil),          // 21: topgun.partition.v1.MapInfo
-	(*DescribeRequest)(nil),  // 22: topgun.partition.v1.DescribeRequest
-	(*DescribeResponse)(nil), // 23: topgun.partition.v1.DescribeResponse
-	(*v1.Record)(nil),        // 24: topgun.types.v1.Record
-	(*v1.Arrival)(nil),       // 25: topgun.types.v1.Arrival
-	(*v1.Change)(nil),        // 26: topgun.types.v1.Change
+	(Level)(0),                  // 0: topgun.partition.v1.Level
+	(Refusal)(0),                // 1: topgun.partition.v1.Refusal
+	(Outcome)(0),                // 2: topgun.partition.v1.Outcome
+	(Combine)(0),                // 3: topgun.partition.v1.Combine
+	(*ApplyRequest)(nil),        // 4: topgun.partition.v1.ApplyRequest
+	(*ShardOps)(nil),            // 5: topgun.partition.v1.ShardOps
+	(*Op)(nil),                  // 6: topgun.partition.v1.Op
+	(*ApplyResponse)(nil),       // 7: topgun.partition.v1.ApplyResponse
+	(*ShardReceipt)(nil),        // 8: topgun.partition.v1.ShardReceipt
+	(*Receipt)(nil),             // 9: topgun.partition.v1.Receipt
+	(*LeavesRequest)(nil),       // 10: topgun.partition.v1.LeavesRequest
+	(*LeavesResponse)(nil),      // 11: topgun.partition.v1.LeavesResponse
+	(*RecordsRequest)(nil),      // 12: topgun.partition.v1.RecordsRequest
+	(*RecordsResponse)(nil),     // 13: topgun.partition.v1.RecordsResponse
+	(*SinceRequest)(nil),        // 14: topgun.partition.v1.SinceRequest
+	(*SinceResponse)(nil),       // 15: topgun.partition.v1.SinceResponse
+	(*GetRequest)(nil),          // 16: topgun.partition.v1.GetRequest
+	(*GetResponse)(nil),         // 17: topgun.partition.v1.GetResponse
+	(*QueryRequest)(nil),        // 18: topgun.partition.v1.QueryRequest
+	(*QueryResponse)(nil),       // 19: topgun.partition.v1.QueryResponse
+	(*Row)(nil),                 // 20: topgun.partition.v1.Row
+	(*ShardCovered)(nil),        // 21: topgun.partition.v1.ShardCovered
+	(*ListMapsRequest)(nil),     // 22: topgun.partition.v1.ListMapsRequest
+	(*ListMapsResponse)(nil),    // 23: topgun.partition.v1.ListMapsResponse
+	(*MapInfo)(nil),             // 24: topgun.partition.v1.MapInfo
+	(*DescribeRequest)(nil),     // 25: topgun.partition.v1.DescribeRequest
+	(*DescribeResponse)(nil),    // 26: topgun.partition.v1.DescribeResponse
+	(*AcquireLockRequest)(nil),  // 27: topgun.partition.v1.AcquireLockRequest
+	(*AcquireLockResponse)(nil), // 28: topgun.partition.v1.AcquireLockResponse
+	(*ReleaseLockRequest)(nil),  // 29: topgun.partition.v1.ReleaseLockRequest
+	(*ReleaseLockResponse)(nil), // 30: topgun.partition.v1.ReleaseLockResponse
+	(*KeepLocksRequest)(nil),    // 31: topgun.partition.v1.KeepLocksRequest
+	(*KeepLocksResponse)(nil),   // 32: topgun.partition.v1.KeepLocksResponse
+	(*v1.Record)(nil),           // 33: topgun.types.v1.Record
+	(v1.Kind)(0),                // 34: topgun.types.v1.Kind
+	(*v1.Arrival)(nil),          // 35: topgun.types.v1.Arrival
+	(*v1.Change)(nil),           // 36: topgun.types.v1.Change
 }
 var file_topgun_partition_v1_partition_proto_depIdxs = []int32{
 	5,  // 0: topgun.partition.v1.ApplyRequest.shards:type_name -> topgun.partition.v1.ShardOps
 	6,  // 1: topgun.partition.v1.ShardOps.ops:type_name -> topgun.partition.v1.Op
-	24, // 2: topgun.partition.v1.Op.record:type_name -> topgun.types.v1.Record
-	8,  // 3: topgun.partition.v1.ApplyResponse.shards:type_name -> topgun.partition.v1.ShardReceipt
-	1,  // 4: topgun.partition.v1.ShardReceipt.refusal:type_name -> topgun.partition.v1.Refusal
-	9,  // 5: topgun.partition.v1.ShardReceipt.receipts:type_name -> topgun.partition.v1.Receipt
-	0,  // 6: topgun.partition.v1.ShardReceipt.level:type_name -> topgun.partition.v1.Level
-	25, // 7: topgun.partition.v1.ShardReceipt.arrival:type_name -> topgun.types.v1.Arrival
-	2,  // 8: topgun.partition.v1.Receipt.outcome:type_name -> topgun.partition.v1.Outcome
-	24, // 9: topgun.partition.v1.Receipt.winner:type_name -> topgun.types.v1.Record
-	3,  // 10: topgun.partition.v1.LeavesRequest.combine:type_name -> topgun.partition.v1.Combine
-	25, // 11: topgun.partition.v1.LeavesResponse.covered:type_name -> topgun.types.v1.Arrival
-	26, // 12: topgun.partition.v1.RecordsResponse.changes:type_name -> topgun.types.v1.Change
-	25, // 13: topgun.partition.v1.SinceRequest.after:type_name -> topgun.types.v1.Arrival
-	26, // 14: topgun.partition.v1.SinceResponse.changes:type_name -> topgun.types.v1.Change
-	25, // 15: topgun.partition.v1.SinceResponse.covered:type_name -> topgun.types.v1.Arrival
-	18, // 16: topgun.partition.v1.QueryResponse.rows:type_name -> topgun.partition.v1.Row
-	21, // 17: topgun.partition.v1.ListMapsResponse.maps:type_name -> topgun.partition.v1.MapInfo
-	0,  // 18: topgun.partition.v1.DescribeResponse.level:type_name -> topgun.partition.v1.Level
-	4,  // 19: topgun.partition.v1.PartitionService.Apply:input_type -> topgun.partition.v1.ApplyRequest
-	10, // 20: topgun.partition.v1.PartitionService.Leaves:input_type -> topgun.partition.v1.LeavesRequest
-	12, // 21: topgun.partition.v1.PartitionService.Records:input_type -> topgun.partition.v1.RecordsRequest
-	14, // 22: topgun.partition.v1.PartitionService.Since:input_type -> topgun.partition.v1.SinceRequest
-	16, // 23: topgun.partition.v1.PartitionService.Query:input_type -> topgun.partition.v1.QueryRequest
-	19, // 24: topgun.partition.v1.PartitionService.ListMaps:input_type -> topgun.partition.v1.ListMapsRequest
-	22, // 25: topgun.partition.v1.PartitionService.Describe:input_type -> topgun.partition.v1.DescribeRequest
-	7,  // 26: topgun.partition.v1.PartitionService.Apply:output_type -> topgun.partition.v1.ApplyResponse
-	11, // 27: topgun.partition.v1.PartitionService.Leaves:output_type -> topgun.partition.v1.LeavesResponse
-	13, // 28: topgun.partition.v1.PartitionService.Records:output_type -> topgun.partition.v1.RecordsResponse
-	15, // 29: topgun.partition.v1.PartitionService.Since:output_type -> topgun.partition.v1.SinceResponse
-	17, // 30: topgun.partition.v1.PartitionService.Query:output_type -> topgun.partition.v1.QueryResponse
-	20, // 31: topgun.partition.v1.PartitionService.ListMaps:output_type -> topgun.partition.v1.ListMapsResponse
-	23, // 32: topgun.partition.v1.PartitionService.Describe:output_type -> topgun.partition.v1.DescribeResponse
-	26, // [26:33] is the sub-list for method output_type
-	19, // [19:26] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	33, // 2: topgun.partition.v1.Op.record:type_name -> topgun.types.v1.Record
+	34, // 3: topgun.partition.v1.Op.kind:type_name -> topgun.types.v1.Kind
+	8,  // 4: topgun.partition.v1.ApplyResponse.shards:type_name -> topgun.partition.v1.ShardReceipt
+	1,  // 5: topgun.partition.v1.ShardReceipt.refusal:type_name -> topgun.partition.v1.Refusal
+	9,  // 6: topgun.partition.v1.ShardReceipt.receipts:type_name -> topgun.partition.v1.Receipt
+	0,  // 7: topgun.partition.v1.ShardReceipt.level:type_name -> topgun.partition.v1.Level
+	35, // 8: topgun.partition.v1.ShardReceipt.arrival:type_name -> topgun.types.v1.Arrival
+	2,  // 9: topgun.partition.v1.Receipt.outcome:type_name -> topgun.partition.v1.Outcome
+	33, // 10: topgun.partition.v1.Receipt.winner:type_name -> topgun.types.v1.Record
+	3,  // 11: topgun.partition.v1.LeavesRequest.combine:type_name -> topgun.partition.v1.Combine
+	34, // 12: topgun.partition.v1.LeavesRequest.kind:type_name -> topgun.types.v1.Kind
+	35, // 13: topgun.partition.v1.LeavesResponse.covered:type_name -> topgun.types.v1.Arrival
+	34, // 14: topgun.partition.v1.RecordsRequest.kind:type_name -> topgun.types.v1.Kind
+	36, // 15: topgun.partition.v1.RecordsResponse.changes:type_name -> topgun.types.v1.Change
+	35, // 16: topgun.partition.v1.SinceRequest.after:type_name -> topgun.types.v1.Arrival
+	34, // 17: topgun.partition.v1.SinceRequest.kind:type_name -> topgun.types.v1.Kind
+	36, // 18: topgun.partition.v1.SinceResponse.changes:type_name -> topgun.types.v1.Change
+	35, // 19: topgun.partition.v1.SinceResponse.covered:type_name -> topgun.types.v1.Arrival
+	34, // 20: topgun.partition.v1.GetRequest.kind:type_name -> topgun.types.v1.Kind
+	36, // 21: topgun.partition.v1.GetResponse.changes:type_name -> topgun.types.v1.Change
+	20, // 22: topgun.partition.v1.QueryResponse.rows:type_name -> topgun.partition.v1.Row
+	21, // 23: topgun.partition.v1.QueryResponse.covered:type_name -> topgun.partition.v1.ShardCovered
+	35, // 24: topgun.partition.v1.ShardCovered.covered:type_name -> topgun.types.v1.Arrival
+	24, // 25: topgun.partition.v1.ListMapsResponse.maps:type_name -> topgun.partition.v1.MapInfo
+	34, // 26: topgun.partition.v1.MapInfo.kind:type_name -> topgun.types.v1.Kind
+	0,  // 27: topgun.partition.v1.DescribeResponse.level:type_name -> topgun.partition.v1.Level
+	4,  // 28: topgun.partition.v1.PartitionService.Apply:input_type -> topgun.partition.v1.ApplyRequest
+	10, // 29: topgun.partition.v1.PartitionService.Leaves:input_type -> topgun.partition.v1.LeavesRequest
+	12, // 30: topgun.partition.v1.PartitionService.Records:input_type -> topgun.partition.v1.RecordsRequest
+	14, // 31: topgun.partition.v1.PartitionService.Since:input_type -> topgun.partition.v1.SinceRequest
+	16, // 32: topgun.partition.v1.PartitionService.Get:input_type -> topgun.partition.v1.GetRequest
+	18, // 33: topgun.partition.v1.PartitionService.Query:input_type -> topgun.partition.v1.QueryRequest
+	27, // 34: topgun.partition.v1.PartitionService.AcquireLock:input_type -> topgun.partition.v1.AcquireLockRequest
+	29, // 35: topgun.partition.v1.PartitionService.ReleaseLock:input_type -> topgun.partition.v1.ReleaseLockRequest
+	31, // 36: topgun.partition.v1.PartitionService.KeepLocks:input_type -> topgun.partition.v1.KeepLocksRequest
+	22, // 37: topgun.partition.v1.PartitionService.ListMaps:input_type -> topgun.partition.v1.ListMapsRequest
+	25, // 38: topgun.partition.v1.PartitionService.Describe:input_type -> topgun.partition.v1.DescribeRequest
+	7,  // 39: topgun.partition.v1.PartitionService.Apply:output_type -> topgun.partition.v1.ApplyResponse
+	11, // 40: topgun.partition.v1.PartitionService.Leaves:output_type -> topgun.partition.v1.LeavesResponse
+	13, // 41: topgun.partition.v1.PartitionService.Records:output_type -> topgun.partition.v1.RecordsResponse
+	15, // 42: topgun.partition.v1.PartitionService.Since:output_type -> topgun.partition.v1.SinceResponse
+	17, // 43: topgun.partition.v1.PartitionService.Get:output_type -> topgun.partition.v1.GetResponse
+	19, // 44: topgun.partition.v1.PartitionService.Query:output_type -> topgun.partition.v1.QueryResponse
+	28, // 45: topgun.partition.v1.PartitionService.AcquireLock:output_type -> topgun.partition.v1.AcquireLockResponse
+	30, // 46: topgun.partition.v1.PartitionService.ReleaseLock:output_type -> topgun.partition.v1.ReleaseLockResponse
+	32, // 47: topgun.partition.v1.PartitionService.KeepLocks:output_type -> topgun.partition.v1.KeepLocksResponse
+	23, // 48: topgun.partition.v1.PartitionService.ListMaps:output_type -> topgun.partition.v1.ListMapsResponse
+	26, // 49: topgun.partition.v1.PartitionService.Describe:output_type -> topgun.partition.v1.DescribeResponse
+	39, // [39:50] is the sub-list for method output_type
+	28, // [28:39] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_topgun_partition_v1_partition_proto_init() }
@@ -1753,7 +2429,7 @@ func file_topgun_partition_v1_partition_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_topgun_partition_v1_partition_proto_rawDesc), len(file_topgun_partition_v1_partition_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   20,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

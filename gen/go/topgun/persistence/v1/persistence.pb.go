@@ -24,6 +24,63 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// JournalType is what a change did to its key.
+type JournalType int32
+
+const (
+	// Never sent.
+	JournalType_JOURNAL_TYPE_UNSPECIFIED JournalType = 0
+	// The key held nothing before.
+	JournalType_JOURNAL_TYPE_PUT JournalType = 1
+	// The key held a value before.
+	JournalType_JOURNAL_TYPE_UPDATE JournalType = 2
+	// The key's value is gone.
+	JournalType_JOURNAL_TYPE_DELETE JournalType = 3
+)
+
+// Enum value maps for JournalType.
+var (
+	JournalType_name = map[int32]string{
+		0: "JOURNAL_TYPE_UNSPECIFIED",
+		1: "JOURNAL_TYPE_PUT",
+		2: "JOURNAL_TYPE_UPDATE",
+		3: "JOURNAL_TYPE_DELETE",
+	}
+	JournalType_value = map[string]int32{
+		"JOURNAL_TYPE_UNSPECIFIED": 0,
+		"JOURNAL_TYPE_PUT":         1,
+		"JOURNAL_TYPE_UPDATE":      2,
+		"JOURNAL_TYPE_DELETE":      3,
+	}
+)
+
+func (x JournalType) Enum() *JournalType {
+	p := new(JournalType)
+	*p = x
+	return p
+}
+
+func (x JournalType) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (JournalType) Descriptor() protoreflect.EnumDescriptor {
+	return file_topgun_persistence_v1_persistence_proto_enumTypes[0].Descriptor()
+}
+
+func (JournalType) Type() protoreflect.EnumType {
+	return &file_topgun_persistence_v1_persistence_proto_enumTypes[0]
+}
+
+func (x JournalType) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use JournalType.Descriptor instead.
+func (JournalType) EnumDescriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{0}
+}
+
 // Watermark says that a lane is stored completely up to a commit.
 type Watermark struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -483,6 +540,429 @@ func (x *DescribeResponse) GetLag() uint64 {
 	return 0
 }
 
+// FollowWatermarksRequest asks to be told.
+type FollowWatermarksRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowWatermarksRequest) Reset() {
+	*x = FollowWatermarksRequest{}
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowWatermarksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowWatermarksRequest) ProtoMessage() {}
+
+func (x *FollowWatermarksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowWatermarksRequest.ProtoReflect.Descriptor instead.
+func (*FollowWatermarksRequest) Descriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{9}
+}
+
+// FollowWatermarksResponse says how far lanes are stored.
+type FollowWatermarksResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The lanes; those not named are where they were.
+	Watermarks    []*Watermark `protobuf:"bytes,1,rep,name=watermarks,proto3" json:"watermarks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowWatermarksResponse) Reset() {
+	*x = FollowWatermarksResponse{}
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowWatermarksResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowWatermarksResponse) ProtoMessage() {}
+
+func (x *FollowWatermarksResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowWatermarksResponse.ProtoReflect.Descriptor instead.
+func (*FollowWatermarksResponse) Descriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *FollowWatermarksResponse) GetWatermarks() []*Watermark {
+	if x != nil {
+		return x.Watermarks
+	}
+	return nil
+}
+
+// JournalEntry is one change of a map as the log has it.
+type JournalEntry struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Position in the journal: rising, not without gaps, the same at every reading.
+	Sequence uint64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// What the change did.
+	Type JournalType `protobuf:"varint,2,opt,name=type,proto3,enum=topgun.persistence.v1.JournalType" json:"type,omitempty"`
+	// The change, of an LWW-map or an OR-map.
+	Change        *v1.Change `protobuf:"bytes,3,opt,name=change,proto3" json:"change,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JournalEntry) Reset() {
+	*x = JournalEntry{}
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JournalEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JournalEntry) ProtoMessage() {}
+
+func (x *JournalEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JournalEntry.ProtoReflect.Descriptor instead.
+func (*JournalEntry) Descriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *JournalEntry) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *JournalEntry) GetType() JournalType {
+	if x != nil {
+		return x.Type
+	}
+	return JournalType_JOURNAL_TYPE_UNSPECIFIED
+}
+
+func (x *JournalEntry) GetChange() *v1.Change {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+// JournalFilter chooses entries.
+type JournalFilter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only this map; empty means all.
+	Map string `protobuf:"bytes,1,opt,name=map,proto3" json:"map,omitempty"`
+	// Only these types; none means all.
+	Types         []JournalType `protobuf:"varint,2,rep,packed,name=types,proto3,enum=topgun.persistence.v1.JournalType" json:"types,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JournalFilter) Reset() {
+	*x = JournalFilter{}
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JournalFilter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JournalFilter) ProtoMessage() {}
+
+func (x *JournalFilter) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JournalFilter.ProtoReflect.Descriptor instead.
+func (*JournalFilter) Descriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *JournalFilter) GetMap() string {
+	if x != nil {
+		return x.Map
+	}
+	return ""
+}
+
+func (x *JournalFilter) GetTypes() []JournalType {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
+// ReadJournalRequest asks for a page.
+type ReadJournalRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// First sequence to return; what is no longer kept is left out.
+	FromSequence uint64 `protobuf:"varint,1,opt,name=from_sequence,json=fromSequence,proto3" json:"from_sequence,omitempty"`
+	// Most entries, 1 to 1,000; 0 means 100.
+	Limit uint32 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	// Which entries.
+	Filter        *JournalFilter `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadJournalRequest) Reset() {
+	*x = ReadJournalRequest{}
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadJournalRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadJournalRequest) ProtoMessage() {}
+
+func (x *ReadJournalRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadJournalRequest.ProtoReflect.Descriptor instead.
+func (*ReadJournalRequest) Descriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ReadJournalRequest) GetFromSequence() uint64 {
+	if x != nil {
+		return x.FromSequence
+	}
+	return 0
+}
+
+func (x *ReadJournalRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ReadJournalRequest) GetFilter() *JournalFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+// ReadJournalResponse is a page.
+type ReadJournalResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The entries, by sequence.
+	Entries []*JournalEntry `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
+	// Whether there are more.
+	More          bool `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadJournalResponse) Reset() {
+	*x = ReadJournalResponse{}
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadJournalResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadJournalResponse) ProtoMessage() {}
+
+func (x *ReadJournalResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadJournalResponse.ProtoReflect.Descriptor instead.
+func (*ReadJournalResponse) Descriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ReadJournalResponse) GetEntries() []*JournalEntry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *ReadJournalResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+// FollowJournalRequest asks for what comes.
+type FollowJournalRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// First sequence to return; 0 means only what is logged from now on.
+	FromSequence uint64 `protobuf:"varint,1,opt,name=from_sequence,json=fromSequence,proto3" json:"from_sequence,omitempty"`
+	// Which entries.
+	Filter        *JournalFilter `protobuf:"bytes,2,opt,name=filter,proto3" json:"filter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowJournalRequest) Reset() {
+	*x = FollowJournalRequest{}
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowJournalRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowJournalRequest) ProtoMessage() {}
+
+func (x *FollowJournalRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowJournalRequest.ProtoReflect.Descriptor instead.
+func (*FollowJournalRequest) Descriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *FollowJournalRequest) GetFromSequence() uint64 {
+	if x != nil {
+		return x.FromSequence
+	}
+	return 0
+}
+
+func (x *FollowJournalRequest) GetFilter() *JournalFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+// FollowJournalResponse brings entries.
+type FollowJournalResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The entries, by sequence; none in the first message, which says that
+	// everything logged from then on will come.
+	Entries       []*JournalEntry `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowJournalResponse) Reset() {
+	*x = FollowJournalResponse{}
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowJournalResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowJournalResponse) ProtoMessage() {}
+
+func (x *FollowJournalResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_persistence_v1_persistence_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowJournalResponse.ProtoReflect.Descriptor instead.
+func (*FollowJournalResponse) Descriptor() ([]byte, []int) {
+	return file_topgun_persistence_v1_persistence_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *FollowJournalResponse) GetEntries() []*JournalEntry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
 var File_topgun_persistence_v1_persistence_proto protoreflect.FileDescriptor
 
 const file_topgun_persistence_v1_persistence_proto_rawDesc = "" +
@@ -518,12 +998,44 @@ const file_topgun_persistence_v1_persistence_proto_rawDesc = "" +
 	"tombstones\x18\x03 \x01(\x04R\n" +
 	"tombstones\x12\x1a\n" +
 	"\bsequence\x18\x04 \x01(\x04R\bsequence\x12\x10\n" +
-	"\x03lag\x18\x05 \x01(\x04R\x03lag2\x85\x03\n" +
+	"\x03lag\x18\x05 \x01(\x04R\x03lag\"\x19\n" +
+	"\x17FollowWatermarksRequest\"\\\n" +
+	"\x18FollowWatermarksResponse\x12@\n" +
+	"\n" +
+	"watermarks\x18\x01 \x03(\v2 .topgun.persistence.v1.WatermarkR\n" +
+	"watermarks\"\x93\x01\n" +
+	"\fJournalEntry\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x126\n" +
+	"\x04type\x18\x02 \x01(\x0e2\".topgun.persistence.v1.JournalTypeR\x04type\x12/\n" +
+	"\x06change\x18\x03 \x01(\v2\x17.topgun.types.v1.ChangeR\x06change\"[\n" +
+	"\rJournalFilter\x12\x10\n" +
+	"\x03map\x18\x01 \x01(\tR\x03map\x128\n" +
+	"\x05types\x18\x02 \x03(\x0e2\".topgun.persistence.v1.JournalTypeR\x05types\"\x8d\x01\n" +
+	"\x12ReadJournalRequest\x12#\n" +
+	"\rfrom_sequence\x18\x01 \x01(\x04R\ffromSequence\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12<\n" +
+	"\x06filter\x18\x03 \x01(\v2$.topgun.persistence.v1.JournalFilterR\x06filter\"h\n" +
+	"\x13ReadJournalResponse\x12=\n" +
+	"\aentries\x18\x01 \x03(\v2#.topgun.persistence.v1.JournalEntryR\aentries\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"y\n" +
+	"\x14FollowJournalRequest\x12#\n" +
+	"\rfrom_sequence\x18\x01 \x01(\x04R\ffromSequence\x12<\n" +
+	"\x06filter\x18\x02 \x01(\v2$.topgun.persistence.v1.JournalFilterR\x06filter\"V\n" +
+	"\x15FollowJournalResponse\x12=\n" +
+	"\aentries\x18\x01 \x03(\v2#.topgun.persistence.v1.JournalEntryR\aentries*s\n" +
+	"\vJournalType\x12\x1c\n" +
+	"\x18JOURNAL_TYPE_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10JOURNAL_TYPE_PUT\x10\x01\x12\x17\n" +
+	"\x13JOURNAL_TYPE_UPDATE\x10\x02\x12\x17\n" +
+	"\x13JOURNAL_TYPE_DELETE\x10\x032\xd5\x05\n" +
 	"\x12PersistenceService\x12Q\n" +
 	"\x04Load\x12\".topgun.persistence.v1.LoadRequest\x1a#.topgun.persistence.v1.LoadResponse0\x01\x12f\n" +
 	"\n" +
 	"Watermarks\x12(.topgun.persistence.v1.WatermarksRequest\x1a).topgun.persistence.v1.WatermarksResponse\"\x03\x90\x02\x01\x12R\n" +
-	"\x05Flush\x12#.topgun.persistence.v1.FlushRequest\x1a$.topgun.persistence.v1.FlushResponse\x12`\n" +
+	"\x05Flush\x12#.topgun.persistence.v1.FlushRequest\x1a$.topgun.persistence.v1.FlushResponse\x12u\n" +
+	"\x10FollowWatermarks\x12..topgun.persistence.v1.FollowWatermarksRequest\x1a/.topgun.persistence.v1.FollowWatermarksResponse0\x01\x12i\n" +
+	"\vReadJournal\x12).topgun.persistence.v1.ReadJournalRequest\x1a*.topgun.persistence.v1.ReadJournalResponse\"\x03\x90\x02\x01\x12l\n" +
+	"\rFollowJournal\x12+.topgun.persistence.v1.FollowJournalRequest\x1a,.topgun.persistence.v1.FollowJournalResponse0\x01\x12`\n" +
 	"\bDescribe\x12&.topgun.persistence.v1.DescribeRequest\x1a'.topgun.persistence.v1.DescribeResponse\"\x03\x90\x02\x01BJZHgithub.com/topgun-sync/topgun/gen/go/topgun/persistence/v1;persistencev1b\x06proto3"
 
 var (
@@ -538,36 +1050,60 @@ func file_topgun_persistence_v1_persistence_proto_rawDescGZIP() []byte {
 	return file_topgun_persistence_v1_persistence_proto_rawDescData
 }
 
-var file_topgun_persistence_v1_persistence_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_topgun_persistence_v1_persistence_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_topgun_persistence_v1_persistence_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_topgun_persistence_v1_persistence_proto_goTypes = []any{
-	(*Watermark)(nil),          // 0: topgun.persistence.v1.Watermark
-	(*LoadRequest)(nil),        // 1: topgun.persistence.v1.LoadRequest
-	(*LoadResponse)(nil),       // 2: topgun.persistence.v1.LoadResponse
-	(*WatermarksRequest)(nil),  // 3: topgun.persistence.v1.WatermarksRequest
-	(*WatermarksResponse)(nil), // 4: topgun.persistence.v1.WatermarksResponse
-	(*FlushRequest)(nil),       // 5: topgun.persistence.v1.FlushRequest
-	(*FlushResponse)(nil),      // 6: topgun.persistence.v1.FlushResponse
-	(*DescribeRequest)(nil),    // 7: topgun.persistence.v1.DescribeRequest
-	(*DescribeResponse)(nil),   // 8: topgun.persistence.v1.DescribeResponse
-	(*v1.Change)(nil),          // 9: topgun.types.v1.Change
+	(JournalType)(0),                 // 0: topgun.persistence.v1.JournalType
+	(*Watermark)(nil),                // 1: topgun.persistence.v1.Watermark
+	(*LoadRequest)(nil),              // 2: topgun.persistence.v1.LoadRequest
+	(*LoadResponse)(nil),             // 3: topgun.persistence.v1.LoadResponse
+	(*WatermarksRequest)(nil),        // 4: topgun.persistence.v1.WatermarksRequest
+	(*WatermarksResponse)(nil),       // 5: topgun.persistence.v1.WatermarksResponse
+	(*FlushRequest)(nil),             // 6: topgun.persistence.v1.FlushRequest
+	(*FlushResponse)(nil),            // 7: topgun.persistence.v1.FlushResponse
+	(*DescribeRequest)(nil),          // 8: topgun.persistence.v1.DescribeRequest
+	(*DescribeResponse)(nil),         // 9: topgun.persistence.v1.DescribeResponse
+	(*FollowWatermarksRequest)(nil),  // 10: topgun.persistence.v1.FollowWatermarksRequest
+	(*FollowWatermarksResponse)(nil), // 11: topgun.persistence.v1.FollowWatermarksResponse
+	(*JournalEntry)(nil),             // 12: topgun.persistence.v1.JournalEntry
+	(*JournalFilter)(nil),            // 13: topgun.persistence.v1.JournalFilter
+	(*ReadJournalRequest)(nil),       // 14: topgun.persistence.v1.ReadJournalRequest
+	(*ReadJournalResponse)(nil),      // 15: topgun.persistence.v1.ReadJournalResponse
+	(*FollowJournalRequest)(nil),     // 16: topgun.persistence.v1.FollowJournalRequest
+	(*FollowJournalResponse)(nil),    // 17: topgun.persistence.v1.FollowJournalResponse
+	(*v1.Change)(nil),                // 18: topgun.types.v1.Change
 }
 var file_topgun_persistence_v1_persistence_proto_depIdxs = []int32{
-	0, // 0: topgun.persistence.v1.LoadResponse.watermarks:type_name -> topgun.persistence.v1.Watermark
-	9, // 1: topgun.persistence.v1.LoadResponse.changes:type_name -> topgun.types.v1.Change
-	0, // 2: topgun.persistence.v1.WatermarksResponse.watermarks:type_name -> topgun.persistence.v1.Watermark
-	1, // 3: topgun.persistence.v1.PersistenceService.Load:input_type -> topgun.persistence.v1.LoadRequest
-	3, // 4: topgun.persistence.v1.PersistenceService.Watermarks:input_type -> topgun.persistence.v1.WatermarksRequest
-	5, // 5: topgun.persistence.v1.PersistenceService.Flush:input_type -> topgun.persistence.v1.FlushRequest
-	7, // 6: topgun.persistence.v1.PersistenceService.Describe:input_type -> topgun.persistence.v1.DescribeRequest
-	2, // 7: topgun.persistence.v1.PersistenceService.Load:output_type -> topgun.persistence.v1.LoadResponse
-	4, // 8: topgun.persistence.v1.PersistenceService.Watermarks:output_type -> topgun.persistence.v1.WatermarksResponse
-	6, // 9: topgun.persistence.v1.PersistenceService.Flush:output_type -> topgun.persistence.v1.FlushResponse
-	8, // 10: topgun.persistence.v1.PersistenceService.Describe:output_type -> topgun.persistence.v1.DescribeResponse
-	7, // [7:11] is the sub-list for method output_type
-	3, // [3:7] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	1,  // 0: topgun.persistence.v1.LoadResponse.watermarks:type_name -> topgun.persistence.v1.Watermark
+	18, // 1: topgun.persistence.v1.LoadResponse.changes:type_name -> topgun.types.v1.Change
+	1,  // 2: topgun.persistence.v1.WatermarksResponse.watermarks:type_name -> topgun.persistence.v1.Watermark
+	1,  // 3: topgun.persistence.v1.FollowWatermarksResponse.watermarks:type_name -> topgun.persistence.v1.Watermark
+	0,  // 4: topgun.persistence.v1.JournalEntry.type:type_name -> topgun.persistence.v1.JournalType
+	18, // 5: topgun.persistence.v1.JournalEntry.change:type_name -> topgun.types.v1.Change
+	0,  // 6: topgun.persistence.v1.JournalFilter.types:type_name -> topgun.persistence.v1.JournalType
+	13, // 7: topgun.persistence.v1.ReadJournalRequest.filter:type_name -> topgun.persistence.v1.JournalFilter
+	12, // 8: topgun.persistence.v1.ReadJournalResponse.entries:type_name -> topgun.persistence.v1.JournalEntry
+	13, // 9: topgun.persistence.v1.FollowJournalRequest.filter:type_name -> topgun.persistence.v1.JournalFilter
+	12, // 10: topgun.persistence.v1.FollowJournalResponse.entries:type_name -> topgun.persistence.v1.JournalEntry
+	2,  // 11: topgun.persistence.v1.PersistenceService.Load:input_type -> topgun.persistence.v1.LoadRequest
+	4,  // 12: topgun.persistence.v1.PersistenceService.Watermarks:input_type -> topgun.persistence.v1.WatermarksRequest
+	6,  // 13: topgun.persistence.v1.PersistenceService.Flush:input_type -> topgun.persistence.v1.FlushRequest
+	10, // 14: topgun.persistence.v1.PersistenceService.FollowWatermarks:input_type -> topgun.persistence.v1.FollowWatermarksRequest
+	14, // 15: topgun.persistence.v1.PersistenceService.ReadJournal:input_type -> topgun.persistence.v1.ReadJournalRequest
+	16, // 16: topgun.persistence.v1.PersistenceService.FollowJournal:input_type -> topgun.persistence.v1.FollowJournalRequest
+	8,  // 17: topgun.persistence.v1.PersistenceService.Describe:input_type -> topgun.persistence.v1.DescribeRequest
+	3,  // 18: topgun.persistence.v1.PersistenceService.Load:output_type -> topgun.persistence.v1.LoadResponse
+	5,  // 19: topgun.persistence.v1.PersistenceService.Watermarks:output_type -> topgun.persistence.v1.WatermarksResponse
+	7,  // 20: topgun.persistence.v1.PersistenceService.Flush:output_type -> topgun.persistence.v1.FlushResponse
+	11, // 21: topgun.persistence.v1.PersistenceService.FollowWatermarks:output_type -> topgun.persistence.v1.FollowWatermarksResponse
+	15, // 22: topgun.persistence.v1.PersistenceService.ReadJournal:output_type -> topgun.persistence.v1.ReadJournalResponse
+	17, // 23: topgun.persistence.v1.PersistenceService.FollowJournal:output_type -> topgun.persistence.v1.FollowJournalResponse
+	9,  // 24: topgun.persistence.v1.PersistenceService.Describe:output_type -> topgun.persistence.v1.DescribeResponse
+	18, // [18:25] is the sub-list for method output_type
+	11, // [11:18] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_topgun_persistence_v1_persistence_proto_init() }
@@ -580,13 +1116,14 @@ func file_topgun_persistence_v1_persistence_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_topgun_persistence_v1_persistence_proto_rawDesc), len(file_topgun_persistence_v1_persistence_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   9,
+			NumEnums:      1,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_topgun_persistence_v1_persistence_proto_goTypes,
 		DependencyIndexes: file_topgun_persistence_v1_persistence_proto_depIdxs,
+		EnumInfos:         file_topgun_persistence_v1_persistence_proto_enumTypes,
 		MessageInfos:      file_topgun_persistence_v1_persistence_proto_msgTypes,
 	}.Build()
 	File_topgun_persistence_v1_persistence_proto = out.File

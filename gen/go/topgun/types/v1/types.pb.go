@@ -23,6 +23,72 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Kind says what a change is about, and so by which rule it merges. Each kind of
+// data has names of its own: an LWW-map and an OR-map may share one.
+type Kind int32
+
+const (
+	// Same as KIND_LWW; what writers leave out.
+	Kind_KIND_UNSPECIFIED Kind = 0
+	// A key of an LWW-map: the greater stamp wins (PROTOCOL 5).
+	Kind_KIND_LWW Kind = 1
+	// A tag below a key of an OR-map: a tombstone wins, else the greater stamp
+	// (PROTOCOL 6).
+	Kind_KIND_OR Kind = 2
+	// What one node added to and took from a PN-counter: the maximum of each side
+	// (PROTOCOL 14.2). The map is "+" and the counter's name, the key its name, the
+	// tag the node, the value a msgpack array of the two sums.
+	Kind_KIND_COUNTER Kind = 3
+	// A lock (PROTOCOL 14.3): what its shard logged last. The map is "!locks", the
+	// key the lock's name. Never merged from an op.
+	Kind_KIND_LOCK Kind = 4
+)
+
+// Enum value maps for Kind.
+var (
+	Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_LWW",
+		2: "KIND_OR",
+		3: "KIND_COUNTER",
+		4: "KIND_LOCK",
+	}
+	Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED": 0,
+		"KIND_LWW":         1,
+		"KIND_OR":          2,
+		"KIND_COUNTER":     3,
+		"KIND_LOCK":        4,
+	}
+)
+
+func (x Kind) Enum() *Kind {
+	p := new(Kind)
+	*p = x
+	return p
+}
+
+func (x Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_topgun_types_v1_types_proto_enumTypes[0].Descriptor()
+}
+
+func (Kind) Type() protoreflect.EnumType {
+	return &file_topgun_types_v1_types_proto_enumTypes[0]
+}
+
+func (x Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Kind.Descriptor instead.
+func (Kind) EnumDescriptor() ([]byte, []int) {
+	return file_topgun_types_v1_types_proto_rawDescGZIP(), []int{0}
+}
+
 // Timestamp is a hybrid logical clock stamp given by the writer of a record.
 // It decides which of two records wins: millis, then counter, then the UTF-8
 // bytes of node_id, the greater one first.
@@ -146,7 +212,7 @@ func (x *Arrival) GetCounter() uint64 {
 	return 0
 }
 
-// Record is the state of one key of an LWW-map.
+// Record is the state of one key of an LWW-map, or of what its kind says.
 type Record struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The value: exactly one msgpack value, as the client sent it. Empty means
@@ -215,11 +281,13 @@ func (x *Record) GetTtlMillis() uint64 {
 // Change is what one merge did to one key: the state after it.
 type Change struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Name of the map: [A-Za-z_][A-Za-z0-9_.:-]{0,127}.
+	// Name of the map: [A-Za-z_][A-Za-z0-9_.:-]{0,127}. Names that begin otherwise
+	// are the server's own: "+" and a name is a counter, "!locks" the locks,
+	// "$devices" what is known of devices.
 	Map string `protobuf:"bytes,1,opt,name=map,proto3" json:"map,omitempty"`
 	// The key: 1 to 512 bytes of UTF-8 without NUL.
 	Key []byte `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
-	// The record that the key holds after the change.
+	// The record that the key, or its tag, holds after the change.
 	Record *Record `protobuf:"bytes,3,opt,name=record,proto3" json:"record,omitempty"`
 	// When the shard took it in.
 	Arrival *Arrival `protobuf:"bytes,4,opt,name=arrival,proto3" json:"arrival,omitempty"`
@@ -229,7 +297,17 @@ type Change struct {
 	Restamped []*Timestamp `protobuf:"bytes,5,rep,name=restamped,proto3" json:"restamped,omitempty"`
 	// The session that made the change, so that it is not echoed to it; only in
 	// events, and empty where the writer needs the change as well.
-	Origin        string `protobuf:"bytes,6,opt,name=origin,proto3" json:"origin,omitempty"`
+	Origin string `protobuf:"bytes,6,opt,name=origin,proto3" json:"origin,omitempty"`
+	// What the change is about.
+	Kind Kind `protobuf:"varint,7,opt,name=kind,proto3,enum=topgun.types.v1.Kind" json:"kind,omitempty"`
+	// With KIND_OR the tag, 1 to 256 bytes; with KIND_COUNTER the node, 1 to 128.
+	Tag string `protobuf:"bytes,8,opt,name=tag,proto3" json:"tag,omitempty"`
+	// Whether the key held a live value before: the journal's difference between PUT
+	// and UPDATE.
+	Replaced bool `protobuf:"varint,9,opt,name=replaced,proto3" json:"replaced,omitempty"`
+	// The record, a tombstone, was forgotten: it is older than the retention. The key
+	// or tag holds nothing after the change, and record is empty.
+	Pruned        bool `protobuf:"varint,10,opt,name=pruned,proto3" json:"pruned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -306,6 +384,89 @@ func (x *Change) GetOrigin() string {
 	return ""
 }
 
+func (x *Change) GetKind() Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return Kind_KIND_UNSPECIFIED
+}
+
+func (x *Change) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+func (x *Change) GetReplaced() bool {
+	if x != nil {
+		return x.Replaced
+	}
+	return false
+}
+
+func (x *Change) GetPruned() bool {
+	if x != nil {
+		return x.Pruned
+	}
+	return false
+}
+
+// Row is one result of a query.
+type Row struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key.
+	Key []byte `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// The value, one msgpack value.
+	Value         []byte `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Row) Reset() {
+	*x = Row{}
+	mi := &file_topgun_types_v1_types_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Row) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Row) ProtoMessage() {}
+
+func (x *Row) ProtoReflect() protoreflect.Message {
+	mi := &file_topgun_types_v1_types_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Row.ProtoReflect.Descriptor instead.
+func (*Row) Descriptor() ([]byte, []int) {
+	return file_topgun_types_v1_types_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Row) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *Row) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
 var File_topgun_types_v1_types_proto protoreflect.FileDescriptor
 
 const file_topgun_types_v1_types_proto_rawDesc = "" +
@@ -322,14 +483,28 @@ const file_topgun_types_v1_types_proto_rawDesc = "" +
 	"\x05value\x18\x01 \x01(\fR\x05value\x128\n" +
 	"\ttimestamp\x18\x02 \x01(\v2\x1a.topgun.types.v1.TimestampR\ttimestamp\x12\x1d\n" +
 	"\n" +
-	"ttl_millis\x18\x03 \x01(\x04R\tttlMillis\"\xe3\x01\n" +
+	"ttl_millis\x18\x03 \x01(\x04R\tttlMillis\"\xd4\x02\n" +
 	"\x06Change\x12\x10\n" +
 	"\x03map\x18\x01 \x01(\tR\x03map\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\x12/\n" +
 	"\x06record\x18\x03 \x01(\v2\x17.topgun.types.v1.RecordR\x06record\x122\n" +
 	"\aarrival\x18\x04 \x01(\v2\x18.topgun.types.v1.ArrivalR\aarrival\x128\n" +
 	"\trestamped\x18\x05 \x03(\v2\x1a.topgun.types.v1.TimestampR\trestamped\x12\x16\n" +
-	"\x06origin\x18\x06 \x01(\tR\x06originB>Z<github.com/topgun-sync/topgun/gen/go/topgun/types/v1;typesv1b\x06proto3"
+	"\x06origin\x18\x06 \x01(\tR\x06origin\x12)\n" +
+	"\x04kind\x18\a \x01(\x0e2\x15.topgun.types.v1.KindR\x04kind\x12\x10\n" +
+	"\x03tag\x18\b \x01(\tR\x03tag\x12\x1a\n" +
+	"\breplaced\x18\t \x01(\bR\breplaced\x12\x16\n" +
+	"\x06pruned\x18\n" +
+	" \x01(\bR\x06pruned\"-\n" +
+	"\x03Row\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\fR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value*X\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\f\n" +
+	"\bKIND_LWW\x10\x01\x12\v\n" +
+	"\aKIND_OR\x10\x02\x12\x10\n" +
+	"\fKIND_COUNTER\x10\x03\x12\r\n" +
+	"\tKIND_LOCK\x10\x04B>Z<github.com/topgun-sync/topgun/gen/go/topgun/types/v1;typesv1b\x06proto3"
 
 var (
 	file_topgun_types_v1_types_proto_rawDescOnce sync.Once
@@ -343,23 +518,27 @@ func file_topgun_types_v1_types_proto_rawDescGZIP() []byte {
 	return file_topgun_types_v1_types_proto_rawDescData
 }
 
-var file_topgun_types_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_topgun_types_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_topgun_types_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_topgun_types_v1_types_proto_goTypes = []any{
-	(*Timestamp)(nil), // 0: topgun.types.v1.Timestamp
-	(*Arrival)(nil),   // 1: topgun.types.v1.Arrival
-	(*Record)(nil),    // 2: topgun.types.v1.Record
-	(*Change)(nil),    // 3: topgun.types.v1.Change
+	(Kind)(0),         // 0: topgun.types.v1.Kind
+	(*Timestamp)(nil), // 1: topgun.types.v1.Timestamp
+	(*Arrival)(nil),   // 2: topgun.types.v1.Arrival
+	(*Record)(nil),    // 3: topgun.types.v1.Record
+	(*Change)(nil),    // 4: topgun.types.v1.Change
+	(*Row)(nil),       // 5: topgun.types.v1.Row
 }
 var file_topgun_types_v1_types_proto_depIdxs = []int32{
-	0, // 0: topgun.types.v1.Record.timestamp:type_name -> topgun.types.v1.Timestamp
-	2, // 1: topgun.types.v1.Change.record:type_name -> topgun.types.v1.Record
-	1, // 2: topgun.types.v1.Change.arrival:type_name -> topgun.types.v1.Arrival
-	0, // 3: topgun.types.v1.Change.restamped:type_name -> topgun.types.v1.Timestamp
-	4, // [4:4] is the sub-list for method output_type
-	4, // [4:4] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	1, // 0: topgun.types.v1.Record.timestamp:type_name -> topgun.types.v1.Timestamp
+	3, // 1: topgun.types.v1.Change.record:type_name -> topgun.types.v1.Record
+	2, // 2: topgun.types.v1.Change.arrival:type_name -> topgun.types.v1.Arrival
+	1, // 3: topgun.types.v1.Change.restamped:type_name -> topgun.types.v1.Timestamp
+	0, // 4: topgun.types.v1.Change.kind:type_name -> topgun.types.v1.Kind
+	5, // [5:5] is the sub-list for method output_type
+	5, // [5:5] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_topgun_types_v1_types_proto_init() }
@@ -372,13 +551,14 @@ func file_topgun_types_v1_types_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_topgun_types_v1_types_proto_rawDesc), len(file_topgun_types_v1_types_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   4,
+			NumEnums:      1,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
 		GoTypes:           file_topgun_types_v1_types_proto_goTypes,
 		DependencyIndexes: file_topgun_types_v1_types_proto_depIdxs,
+		EnumInfos:         file_topgun_types_v1_types_proto_enumTypes,
 		MessageInfos:      file_topgun_types_v1_types_proto_msgTypes,
 	}.Build()
 	File_topgun_types_v1_types_proto = out.File

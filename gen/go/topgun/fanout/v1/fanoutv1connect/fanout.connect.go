@@ -30,6 +30,8 @@ const (
 	FanoutServiceSubscribeProcedure = "/topgun.fanout.v1.FanoutService/Subscribe"
 	// FanoutServiceWatchProcedure is the procedure name of the FanoutService's Watch RPC.
 	FanoutServiceWatchProcedure = "/topgun.fanout.v1.FanoutService/Watch"
+	// FanoutServicePublishProcedure is the procedure name of the FanoutService's Publish RPC.
+	FanoutServicePublishProcedure = "/topgun.fanout.v1.FanoutService/Publish"
 	// FanoutServiceDescribeProcedure is the procedure name of the FanoutService's Describe RPC.
 	FanoutServiceDescribeProcedure = "/topgun.fanout.v1.FanoutService/Describe"
 )
@@ -49,6 +51,13 @@ var (
 			Procedure:  FanoutServiceWatchProcedure,
 		}
 	})
+	fanoutServicePublishSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_topgun_fanout_v1_fanout_proto.Services().ByName("FanoutService").Methods().ByName("Publish"),
+			Procedure:  FanoutServicePublishProcedure,
+		}
+	})
 	fanoutServiceDescribeSpec = sync.OnceValue(func() connect.Spec {
 		return connect.Spec{
 			StreamType:       connect.StreamTypeUnary,
@@ -65,9 +74,14 @@ type FanoutServiceClient interface {
 	// comes until Watch names maps. A gateway that reads too slowly gets a Gap for
 	// the maps concerned, or loses the stream.
 	Subscribe(context.Context, *v1.SubscribeRequest) (FanoutServiceSubscribeClientStream, error)
-	// Watch changes the maps of a stream. When it has returned, every change
-	// logged from then on in an added map is delivered, or a Gap in its place.
+	// Watch changes what a stream brings. When it has returned, every change
+	// logged from then on in an added map is delivered, or a Gap in its place; every
+	// message published from then on in an added topic is delivered while nothing
+	// fails; and a QueryResult of every added or refreshed query is on its way.
 	Watch(context.Context, *v1.WatchRequest) (*v1.WatchResponse, error)
+	// Publish sends a message to the subscribers of a topic, at most once. Messages
+	// of one caller keep their order when it waits for each answer.
+	Publish(context.Context, *v1.PublishRequest) (*v1.PublishResponse, error)
 	// Describe says how many streams and maps are served.
 	Describe(context.Context, *v1.DescribeRequest) (*v1.DescribeResponse, error)
 }
@@ -104,9 +118,14 @@ type FanoutServiceHandler interface {
 	// comes until Watch names maps. A gateway that reads too slowly gets a Gap for
 	// the maps concerned, or loses the stream.
 	Subscribe(context.Context, *v1.SubscribeRequest, FanoutServiceSubscribeServerStream) error
-	// Watch changes the maps of a stream. When it has returned, every change
-	// logged from then on in an added map is delivered, or a Gap in its place.
+	// Watch changes what a stream brings. When it has returned, every change
+	// logged from then on in an added map is delivered, or a Gap in its place; every
+	// message published from then on in an added topic is delivered while nothing
+	// fails; and a QueryResult of every added or refreshed query is on its way.
 	Watch(context.Context, *v1.WatchRequest) (*v1.WatchResponse, error)
+	// Publish sends a message to the subscribers of a topic, at most once. Messages
+	// of one caller keep their order when it waits for each answer.
+	Publish(context.Context, *v1.PublishRequest) (*v1.PublishResponse, error)
 	// Describe says how many streams and maps are served.
 	Describe(context.Context, *v1.DescribeRequest) (*v1.DescribeResponse, error)
 }
@@ -118,6 +137,7 @@ func RegisterFanoutServiceHandler(server *connect.Server, svc FanoutServiceHandl
 	server.Register(
 		connect.Method{Spec: fanoutServiceSubscribeSpec(), Handler: adapter.subscribe},
 		connect.Method{Spec: fanoutServiceWatchSpec(), Handler: adapter.watch},
+		connect.Method{Spec: fanoutServicePublishSpec(), Handler: adapter.publish},
 		connect.Method{Spec: fanoutServiceDescribeSpec(), Handler: adapter.describe},
 	)
 }
@@ -148,6 +168,10 @@ func (UnimplementedFanoutServiceHandler) Watch(context.Context, *v1.WatchRequest
 	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.fanout.v1.FanoutService.Watch is not implemented")
 }
 
+func (UnimplementedFanoutServiceHandler) Publish(context.Context, *v1.PublishRequest) (*v1.PublishResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.fanout.v1.FanoutService.Publish is not implemented")
+}
+
 func (UnimplementedFanoutServiceHandler) Describe(context.Context, *v1.DescribeRequest) (*v1.DescribeResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.fanout.v1.FanoutService.Describe is not implemented")
 }
@@ -167,6 +191,14 @@ func (c *fanoutServiceClient) Subscribe(ctx context.Context, req *v1.SubscribeRe
 func (c *fanoutServiceClient) Watch(ctx context.Context, req *v1.WatchRequest) (*v1.WatchResponse, error) {
 	var res v1.WatchResponse
 	if err := c.client.CallUnary(ctx, fanoutServiceWatchSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *fanoutServiceClient) Publish(ctx context.Context, req *v1.PublishRequest) (*v1.PublishResponse, error) {
+	var res v1.PublishResponse
+	if err := c.client.CallUnary(ctx, fanoutServicePublishSpec(), req, &res); err != nil {
 		return nil, err
 	}
 	return &res, nil
@@ -196,6 +228,18 @@ func (h fanoutServiceHandler) watch(ctx context.Context, _ connect.Spec, stream 
 		return err
 	}
 	res, err := h.svc.Watch(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h fanoutServiceHandler) publish(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.PublishRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.Publish(ctx, &req)
 	if err != nil {
 		return err
 	}

@@ -33,8 +33,18 @@ const (
 	PartitionServiceRecordsProcedure = "/topgun.partition.v1.PartitionService/Records"
 	// PartitionServiceSinceProcedure is the procedure name of the PartitionService's Since RPC.
 	PartitionServiceSinceProcedure = "/topgun.partition.v1.PartitionService/Since"
+	// PartitionServiceGetProcedure is the procedure name of the PartitionService's Get RPC.
+	PartitionServiceGetProcedure = "/topgun.partition.v1.PartitionService/Get"
 	// PartitionServiceQueryProcedure is the procedure name of the PartitionService's Query RPC.
 	PartitionServiceQueryProcedure = "/topgun.partition.v1.PartitionService/Query"
+	// PartitionServiceAcquireLockProcedure is the procedure name of the PartitionService's AcquireLock
+	// RPC.
+	PartitionServiceAcquireLockProcedure = "/topgun.partition.v1.PartitionService/AcquireLock"
+	// PartitionServiceReleaseLockProcedure is the procedure name of the PartitionService's ReleaseLock
+	// RPC.
+	PartitionServiceReleaseLockProcedure = "/topgun.partition.v1.PartitionService/ReleaseLock"
+	// PartitionServiceKeepLocksProcedure is the procedure name of the PartitionService's KeepLocks RPC.
+	PartitionServiceKeepLocksProcedure = "/topgun.partition.v1.PartitionService/KeepLocks"
 	// PartitionServiceListMapsProcedure is the procedure name of the PartitionService's ListMaps RPC.
 	PartitionServiceListMapsProcedure = "/topgun.partition.v1.PartitionService/ListMaps"
 	// PartitionServiceDescribeProcedure is the procedure name of the PartitionService's Describe RPC.
@@ -73,12 +83,41 @@ var (
 			IdempotencyLevel: connect.IdempotencyNoSideEffects,
 		}
 	})
+	partitionServiceGetSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType:       connect.StreamTypeUnary,
+			Schema:           v1.File_topgun_partition_v1_partition_proto.Services().ByName("PartitionService").Methods().ByName("Get"),
+			Procedure:        PartitionServiceGetProcedure,
+			IdempotencyLevel: connect.IdempotencyNoSideEffects,
+		}
+	})
 	partitionServiceQuerySpec = sync.OnceValue(func() connect.Spec {
 		return connect.Spec{
 			StreamType:       connect.StreamTypeUnary,
 			Schema:           v1.File_topgun_partition_v1_partition_proto.Services().ByName("PartitionService").Methods().ByName("Query"),
 			Procedure:        PartitionServiceQueryProcedure,
 			IdempotencyLevel: connect.IdempotencyNoSideEffects,
+		}
+	})
+	partitionServiceAcquireLockSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_topgun_partition_v1_partition_proto.Services().ByName("PartitionService").Methods().ByName("AcquireLock"),
+			Procedure:  PartitionServiceAcquireLockProcedure,
+		}
+	})
+	partitionServiceReleaseLockSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_topgun_partition_v1_partition_proto.Services().ByName("PartitionService").Methods().ByName("ReleaseLock"),
+			Procedure:  PartitionServiceReleaseLockProcedure,
+		}
+	})
+	partitionServiceKeepLocksSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_topgun_partition_v1_partition_proto.Services().ByName("PartitionService").Methods().ByName("KeepLocks"),
+			Procedure:  PartitionServiceKeepLocksProcedure,
 		}
 	})
 	partitionServiceListMapsSpec = sync.OnceValue(func() connect.Spec {
@@ -111,8 +150,18 @@ type PartitionServiceClient interface {
 	// Since returns the records of a map that arrived after a position, in arrival
 	// order, tombstones included.
 	Since(context.Context, *v1.SinceRequest) (*v1.SinceResponse, error)
-	// Query returns the live records of a map that match a filter, in key order.
+	// Get returns all that single keys hold, tombstones included.
+	Get(context.Context, *v1.GetRequest) (*v1.GetResponse, error)
+	// Query returns the live records of a map that match, in the order of the query.
 	Query(context.Context, *v1.QueryRequest) (*v1.QueryResponse, error)
+	// AcquireLock waits until the session holds the lock. It is first come, first
+	// served; a caller that goes away loses its place.
+	AcquireLock(context.Context, *v1.AcquireLockRequest) (*v1.AcquireLockResponse, error)
+	// ReleaseLock gives a lock back.
+	ReleaseLock(context.Context, *v1.ReleaseLockRequest) (*v1.ReleaseLockResponse, error)
+	// KeepLocks says which sessions are alive. Locks of a session that was not named
+	// for the grace time are released, whether it ended or its gateway died.
+	KeepLocks(context.Context, *v1.KeepLocksRequest) (*v1.KeepLocksResponse, error)
 	// ListMaps returns the maps that have records here.
 	ListMaps(context.Context, *v1.ListMapsRequest) (*v1.ListMapsResponse, error)
 	// Describe says what the node owns and how durable its log is.
@@ -137,8 +186,18 @@ type PartitionServiceHandler interface {
 	// Since returns the records of a map that arrived after a position, in arrival
 	// order, tombstones included.
 	Since(context.Context, *v1.SinceRequest) (*v1.SinceResponse, error)
-	// Query returns the live records of a map that match a filter, in key order.
+	// Get returns all that single keys hold, tombstones included.
+	Get(context.Context, *v1.GetRequest) (*v1.GetResponse, error)
+	// Query returns the live records of a map that match, in the order of the query.
 	Query(context.Context, *v1.QueryRequest) (*v1.QueryResponse, error)
+	// AcquireLock waits until the session holds the lock. It is first come, first
+	// served; a caller that goes away loses its place.
+	AcquireLock(context.Context, *v1.AcquireLockRequest) (*v1.AcquireLockResponse, error)
+	// ReleaseLock gives a lock back.
+	ReleaseLock(context.Context, *v1.ReleaseLockRequest) (*v1.ReleaseLockResponse, error)
+	// KeepLocks says which sessions are alive. Locks of a session that was not named
+	// for the grace time are released, whether it ended or its gateway died.
+	KeepLocks(context.Context, *v1.KeepLocksRequest) (*v1.KeepLocksResponse, error)
 	// ListMaps returns the maps that have records here.
 	ListMaps(context.Context, *v1.ListMapsRequest) (*v1.ListMapsResponse, error)
 	// Describe says what the node owns and how durable its log is.
@@ -154,7 +213,11 @@ func RegisterPartitionServiceHandler(server *connect.Server, svc PartitionServic
 		connect.Method{Spec: partitionServiceLeavesSpec(), Handler: adapter.leaves},
 		connect.Method{Spec: partitionServiceRecordsSpec(), Handler: adapter.records},
 		connect.Method{Spec: partitionServiceSinceSpec(), Handler: adapter.since},
+		connect.Method{Spec: partitionServiceGetSpec(), Handler: adapter.get},
 		connect.Method{Spec: partitionServiceQuerySpec(), Handler: adapter.query},
+		connect.Method{Spec: partitionServiceAcquireLockSpec(), Handler: adapter.acquireLock},
+		connect.Method{Spec: partitionServiceReleaseLockSpec(), Handler: adapter.releaseLock},
+		connect.Method{Spec: partitionServiceKeepLocksSpec(), Handler: adapter.keepLocks},
 		connect.Method{Spec: partitionServiceListMapsSpec(), Handler: adapter.listMaps},
 		connect.Method{Spec: partitionServiceDescribeSpec(), Handler: adapter.describe},
 	)
@@ -179,8 +242,24 @@ func (UnimplementedPartitionServiceHandler) Since(context.Context, *v1.SinceRequ
 	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.partition.v1.PartitionService.Since is not implemented")
 }
 
+func (UnimplementedPartitionServiceHandler) Get(context.Context, *v1.GetRequest) (*v1.GetResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.partition.v1.PartitionService.Get is not implemented")
+}
+
 func (UnimplementedPartitionServiceHandler) Query(context.Context, *v1.QueryRequest) (*v1.QueryResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.partition.v1.PartitionService.Query is not implemented")
+}
+
+func (UnimplementedPartitionServiceHandler) AcquireLock(context.Context, *v1.AcquireLockRequest) (*v1.AcquireLockResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.partition.v1.PartitionService.AcquireLock is not implemented")
+}
+
+func (UnimplementedPartitionServiceHandler) ReleaseLock(context.Context, *v1.ReleaseLockRequest) (*v1.ReleaseLockResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.partition.v1.PartitionService.ReleaseLock is not implemented")
+}
+
+func (UnimplementedPartitionServiceHandler) KeepLocks(context.Context, *v1.KeepLocksRequest) (*v1.KeepLocksResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.partition.v1.PartitionService.KeepLocks is not implemented")
 }
 
 func (UnimplementedPartitionServiceHandler) ListMaps(context.Context, *v1.ListMapsRequest) (*v1.ListMapsResponse, error) {
@@ -227,9 +306,41 @@ func (c *partitionServiceClient) Since(ctx context.Context, req *v1.SinceRequest
 	return &res, nil
 }
 
+func (c *partitionServiceClient) Get(ctx context.Context, req *v1.GetRequest) (*v1.GetResponse, error) {
+	var res v1.GetResponse
+	if err := c.client.CallUnary(ctx, partitionServiceGetSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
 func (c *partitionServiceClient) Query(ctx context.Context, req *v1.QueryRequest) (*v1.QueryResponse, error) {
 	var res v1.QueryResponse
 	if err := c.client.CallUnary(ctx, partitionServiceQuerySpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *partitionServiceClient) AcquireLock(ctx context.Context, req *v1.AcquireLockRequest) (*v1.AcquireLockResponse, error) {
+	var res v1.AcquireLockResponse
+	if err := c.client.CallUnary(ctx, partitionServiceAcquireLockSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *partitionServiceClient) ReleaseLock(ctx context.Context, req *v1.ReleaseLockRequest) (*v1.ReleaseLockResponse, error) {
+	var res v1.ReleaseLockResponse
+	if err := c.client.CallUnary(ctx, partitionServiceReleaseLockSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *partitionServiceClient) KeepLocks(ctx context.Context, req *v1.KeepLocksRequest) (*v1.KeepLocksResponse, error) {
+	var res v1.KeepLocksResponse
+	if err := c.client.CallUnary(ctx, partitionServiceKeepLocksSpec(), req, &res); err != nil {
 		return nil, err
 	}
 	return &res, nil
@@ -301,12 +412,60 @@ func (h partitionServiceHandler) since(ctx context.Context, _ connect.Spec, stre
 	return stream.Send(res)
 }
 
+func (h partitionServiceHandler) get(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.GetRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.Get(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
 func (h partitionServiceHandler) query(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
 	var req v1.QueryRequest
 	if err := stream.Receive(&req); err != nil {
 		return err
 	}
 	res, err := h.svc.Query(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h partitionServiceHandler) acquireLock(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.AcquireLockRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.AcquireLock(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h partitionServiceHandler) releaseLock(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.ReleaseLockRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.ReleaseLock(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h partitionServiceHandler) keepLocks(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.KeepLocksRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.KeepLocks(ctx, &req)
 	if err != nil {
 		return err
 	}

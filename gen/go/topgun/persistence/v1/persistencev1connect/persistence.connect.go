@@ -32,6 +32,15 @@ const (
 	PersistenceServiceWatermarksProcedure = "/topgun.persistence.v1.PersistenceService/Watermarks"
 	// PersistenceServiceFlushProcedure is the procedure name of the PersistenceService's Flush RPC.
 	PersistenceServiceFlushProcedure = "/topgun.persistence.v1.PersistenceService/Flush"
+	// PersistenceServiceFollowWatermarksProcedure is the procedure name of the PersistenceService's
+	// FollowWatermarks RPC.
+	PersistenceServiceFollowWatermarksProcedure = "/topgun.persistence.v1.PersistenceService/FollowWatermarks"
+	// PersistenceServiceReadJournalProcedure is the procedure name of the PersistenceService's
+	// ReadJournal RPC.
+	PersistenceServiceReadJournalProcedure = "/topgun.persistence.v1.PersistenceService/ReadJournal"
+	// PersistenceServiceFollowJournalProcedure is the procedure name of the PersistenceService's
+	// FollowJournal RPC.
+	PersistenceServiceFollowJournalProcedure = "/topgun.persistence.v1.PersistenceService/FollowJournal"
 	// PersistenceServiceDescribeProcedure is the procedure name of the PersistenceService's Describe
 	// RPC.
 	PersistenceServiceDescribeProcedure = "/topgun.persistence.v1.PersistenceService/Describe"
@@ -60,6 +69,28 @@ var (
 			Procedure:  PersistenceServiceFlushProcedure,
 		}
 	})
+	persistenceServiceFollowWatermarksSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeServer,
+			Schema:     v1.File_topgun_persistence_v1_persistence_proto.Services().ByName("PersistenceService").Methods().ByName("FollowWatermarks"),
+			Procedure:  PersistenceServiceFollowWatermarksProcedure,
+		}
+	})
+	persistenceServiceReadJournalSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType:       connect.StreamTypeUnary,
+			Schema:           v1.File_topgun_persistence_v1_persistence_proto.Services().ByName("PersistenceService").Methods().ByName("ReadJournal"),
+			Procedure:        PersistenceServiceReadJournalProcedure,
+			IdempotencyLevel: connect.IdempotencyNoSideEffects,
+		}
+	})
+	persistenceServiceFollowJournalSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeServer,
+			Schema:     v1.File_topgun_persistence_v1_persistence_proto.Services().ByName("PersistenceService").Methods().ByName("FollowJournal"),
+			Procedure:  PersistenceServiceFollowJournalProcedure,
+		}
+	})
 	persistenceServiceDescribeSpec = sync.OnceValue(func() connect.Spec {
 		return connect.Spec{
 			StreamType:       connect.StreamTypeUnary,
@@ -80,6 +111,13 @@ type PersistenceServiceClient interface {
 	// Flush waits until everything that was in the log when it was called is
 	// stored, or until the caller's deadline.
 	Flush(context.Context, *v1.FlushRequest) (*v1.FlushResponse, error)
+	// FollowWatermarks streams how far each lane is stored: first all of it, then
+	// what moves, as soon as the store has it.
+	FollowWatermarks(context.Context, *v1.FollowWatermarksRequest) (PersistenceServiceFollowWatermarksClientStream, error)
+	// ReadJournal returns changes that the log holds, in their order.
+	ReadJournal(context.Context, *v1.ReadJournalRequest) (*v1.ReadJournalResponse, error)
+	// FollowJournal streams changes from a position on, those of the past first.
+	FollowJournal(context.Context, *v1.FollowJournalRequest) (PersistenceServiceFollowJournalClientStream, error)
 	// Describe says which store this is and how much it holds.
 	Describe(context.Context, *v1.DescribeRequest) (*v1.DescribeResponse, error)
 }
@@ -110,6 +148,48 @@ func (s PersistenceServiceLoadClientStream) Close() error {
 	return s.stream.Close()
 }
 
+// PersistenceServiceFollowWatermarksClientStream is the client stream for the PersistenceService's
+// FollowWatermarks RPC.
+type PersistenceServiceFollowWatermarksClientStream struct {
+	stream connect.ClientStream
+}
+
+// Receive returns the next response message from the server.
+func (s PersistenceServiceFollowWatermarksClientStream) Receive() (*v1.FollowWatermarksResponse, error) {
+	var res v1.FollowWatermarksResponse
+	if err := s.stream.Receive(&res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+// Close releases the stream's resources. It is idempotent and is typically deferred to clean up a
+// stream abandoned before io.EOF.
+func (s PersistenceServiceFollowWatermarksClientStream) Close() error {
+	return s.stream.Close()
+}
+
+// PersistenceServiceFollowJournalClientStream is the client stream for the PersistenceService's
+// FollowJournal RPC.
+type PersistenceServiceFollowJournalClientStream struct {
+	stream connect.ClientStream
+}
+
+// Receive returns the next response message from the server.
+func (s PersistenceServiceFollowJournalClientStream) Receive() (*v1.FollowJournalResponse, error) {
+	var res v1.FollowJournalResponse
+	if err := s.stream.Receive(&res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+// Close releases the stream's resources. It is idempotent and is typically deferred to clean up a
+// stream abandoned before io.EOF.
+func (s PersistenceServiceFollowJournalClientStream) Close() error {
+	return s.stream.Close()
+}
+
 // PersistenceServiceHandler is an implementation of the topgun.persistence.v1.PersistenceService
 // service.
 type PersistenceServiceHandler interface {
@@ -121,6 +201,13 @@ type PersistenceServiceHandler interface {
 	// Flush waits until everything that was in the log when it was called is
 	// stored, or until the caller's deadline.
 	Flush(context.Context, *v1.FlushRequest) (*v1.FlushResponse, error)
+	// FollowWatermarks streams how far each lane is stored: first all of it, then
+	// what moves, as soon as the store has it.
+	FollowWatermarks(context.Context, *v1.FollowWatermarksRequest, PersistenceServiceFollowWatermarksServerStream) error
+	// ReadJournal returns changes that the log holds, in their order.
+	ReadJournal(context.Context, *v1.ReadJournalRequest) (*v1.ReadJournalResponse, error)
+	// FollowJournal streams changes from a position on, those of the past first.
+	FollowJournal(context.Context, *v1.FollowJournalRequest, PersistenceServiceFollowJournalServerStream) error
 	// Describe says which store this is and how much it holds.
 	Describe(context.Context, *v1.DescribeRequest) (*v1.DescribeResponse, error)
 }
@@ -133,6 +220,9 @@ func RegisterPersistenceServiceHandler(server *connect.Server, svc PersistenceSe
 		connect.Method{Spec: persistenceServiceLoadSpec(), Handler: adapter.load},
 		connect.Method{Spec: persistenceServiceWatermarksSpec(), Handler: adapter.watermarks},
 		connect.Method{Spec: persistenceServiceFlushSpec(), Handler: adapter.flush},
+		connect.Method{Spec: persistenceServiceFollowWatermarksSpec(), Handler: adapter.followWatermarks},
+		connect.Method{Spec: persistenceServiceReadJournalSpec(), Handler: adapter.readJournal},
+		connect.Method{Spec: persistenceServiceFollowJournalSpec(), Handler: adapter.followJournal},
 		connect.Method{Spec: persistenceServiceDescribeSpec(), Handler: adapter.describe},
 	)
 }
@@ -152,6 +242,38 @@ func (s PersistenceServiceLoadServerStream) Send(res *v1.LoadResponse) error {
 	return s.stream.Send(res)
 }
 
+// PersistenceServiceFollowWatermarksServerStream is the server stream for the PersistenceService's
+// FollowWatermarks RPC.
+type PersistenceServiceFollowWatermarksServerStream struct {
+	stream connect.ServerStream
+}
+
+// SendHeaders flushes the response headers without a message. The first Send does this implicitly.
+func (s PersistenceServiceFollowWatermarksServerStream) SendHeaders() error {
+	return s.stream.SendHeaders()
+}
+
+// Send sends a response message to the client.
+func (s PersistenceServiceFollowWatermarksServerStream) Send(res *v1.FollowWatermarksResponse) error {
+	return s.stream.Send(res)
+}
+
+// PersistenceServiceFollowJournalServerStream is the server stream for the PersistenceService's
+// FollowJournal RPC.
+type PersistenceServiceFollowJournalServerStream struct {
+	stream connect.ServerStream
+}
+
+// SendHeaders flushes the response headers without a message. The first Send does this implicitly.
+func (s PersistenceServiceFollowJournalServerStream) SendHeaders() error {
+	return s.stream.SendHeaders()
+}
+
+// Send sends a response message to the client.
+func (s PersistenceServiceFollowJournalServerStream) Send(res *v1.FollowJournalResponse) error {
+	return s.stream.Send(res)
+}
+
 // UnimplementedPersistenceServiceHandler returns CodeUnimplemented from all methods.
 type UnimplementedPersistenceServiceHandler struct{}
 
@@ -165,6 +287,18 @@ func (UnimplementedPersistenceServiceHandler) Watermarks(context.Context, *v1.Wa
 
 func (UnimplementedPersistenceServiceHandler) Flush(context.Context, *v1.FlushRequest) (*v1.FlushResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.persistence.v1.PersistenceService.Flush is not implemented")
+}
+
+func (UnimplementedPersistenceServiceHandler) FollowWatermarks(context.Context, *v1.FollowWatermarksRequest, PersistenceServiceFollowWatermarksServerStream) error {
+	return connect.NewError(connect.CodeUnimplemented, "topgun.persistence.v1.PersistenceService.FollowWatermarks is not implemented")
+}
+
+func (UnimplementedPersistenceServiceHandler) ReadJournal(context.Context, *v1.ReadJournalRequest) (*v1.ReadJournalResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "topgun.persistence.v1.PersistenceService.ReadJournal is not implemented")
+}
+
+func (UnimplementedPersistenceServiceHandler) FollowJournal(context.Context, *v1.FollowJournalRequest, PersistenceServiceFollowJournalServerStream) error {
+	return connect.NewError(connect.CodeUnimplemented, "topgun.persistence.v1.PersistenceService.FollowJournal is not implemented")
 }
 
 func (UnimplementedPersistenceServiceHandler) Describe(context.Context, *v1.DescribeRequest) (*v1.DescribeResponse, error) {
@@ -197,6 +331,30 @@ func (c *persistenceServiceClient) Flush(ctx context.Context, req *v1.FlushReque
 		return nil, err
 	}
 	return &res, nil
+}
+
+func (c *persistenceServiceClient) FollowWatermarks(ctx context.Context, req *v1.FollowWatermarksRequest) (PersistenceServiceFollowWatermarksClientStream, error) {
+	stream, err := c.client.CallServerStream(ctx, persistenceServiceFollowWatermarksSpec(), req)
+	if err != nil {
+		return PersistenceServiceFollowWatermarksClientStream{}, err
+	}
+	return PersistenceServiceFollowWatermarksClientStream{stream: stream}, nil
+}
+
+func (c *persistenceServiceClient) ReadJournal(ctx context.Context, req *v1.ReadJournalRequest) (*v1.ReadJournalResponse, error) {
+	var res v1.ReadJournalResponse
+	if err := c.client.CallUnary(ctx, persistenceServiceReadJournalSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *persistenceServiceClient) FollowJournal(ctx context.Context, req *v1.FollowJournalRequest) (PersistenceServiceFollowJournalClientStream, error) {
+	stream, err := c.client.CallServerStream(ctx, persistenceServiceFollowJournalSpec(), req)
+	if err != nil {
+		return PersistenceServiceFollowJournalClientStream{}, err
+	}
+	return PersistenceServiceFollowJournalClientStream{stream: stream}, nil
 }
 
 func (c *persistenceServiceClient) Describe(ctx context.Context, req *v1.DescribeRequest) (*v1.DescribeResponse, error) {
@@ -239,6 +397,34 @@ func (h persistenceServiceHandler) flush(ctx context.Context, _ connect.Spec, st
 		return err
 	}
 	return stream.Send(res)
+}
+
+func (h persistenceServiceHandler) followWatermarks(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.FollowWatermarksRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	return h.svc.FollowWatermarks(ctx, &req, PersistenceServiceFollowWatermarksServerStream{stream: stream})
+}
+
+func (h persistenceServiceHandler) readJournal(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.ReadJournalRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.ReadJournal(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h persistenceServiceHandler) followJournal(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.FollowJournalRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	return h.svc.FollowJournal(ctx, &req, PersistenceServiceFollowJournalServerStream{stream: stream})
 }
 
 func (h persistenceServiceHandler) describe(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
