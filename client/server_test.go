@@ -336,14 +336,14 @@ func (s *testServer) serveSync(w http.ResponseWriter, r *http.Request) {
 		resp.Deltas = append(resp.Deltas, d)
 	}
 	for _, q := range req.Queries {
-		where, err := query.ParseWhere(q.Where)
+		parsed, err := query.Parse(q.Query, nil)
 		if err != nil {
 			resp.Errors = append(resp.Errors, wire.SyncError{Code: 400, Message: "QUERY: not understood", Context: q.QueryID})
 			continue
 		}
 		result := wire.HTTPQueryResult{QueryID: q.QueryID}
 		for key, r := range s.mapOf(q.MapName).All() {
-			if r.VisibleAt(uint64(time.Now().UnixMilli())) && where.Match(r.Value) {
+			if r.VisibleAt(uint64(time.Now().UnixMilli())) && parsed.Match(key, r.Value) {
 				result.Results = append(result.Results, wire.KeyValue{Key: key, Value: r.Value})
 			}
 		}

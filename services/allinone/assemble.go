@@ -46,7 +46,9 @@ func (p *parts) construct(config Config, t *obs.Telemetry) (*services, http.Hand
 	var err error
 	of := named("fanout")
 	if s.fanout, err = fanout.New(config.Fanout, fanout.Deps{
-		Bus: p.bus, Logger: of.Logger, Meter: of.Meter, Tracer: of.Tracer,
+		Bus:        p.bus,
+		Partitions: []partitionv1connect.PartitionServiceClient{partitionv1connect.NewPartitionServiceClient(inProcess)},
+		Logger:     of.Logger, Meter: of.Meter, Tracer: of.Tracer,
 	}); err != nil {
 		return nil, nil, err
 	}
@@ -65,9 +67,10 @@ func (p *parts) construct(config Config, t *obs.Telemetry) (*services, http.Hand
 	}
 	of = named("gateway")
 	if s.gateway, err = gateway.New(config.Gateway, gateway.Deps{
-		Partition: partitionv1connect.NewPartitionServiceClient(inProcess),
-		Fanout:    fanoutv1connect.NewFanoutServiceClient(inProcess),
-		Logger:    of.Logger, Meter: of.Meter, Tracer: of.Tracer,
+		Partition:   partitionv1connect.NewPartitionServiceClient(inProcess),
+		Fanout:      fanoutv1connect.NewFanoutServiceClient(inProcess),
+		Persistence: persistencev1connect.NewPersistenceServiceClient(inProcess),
+		Logger:      of.Logger, Meter: of.Meter, Tracer: of.Tracer,
 	}); err != nil {
 		return nil, nil, err
 	}

@@ -43,6 +43,8 @@ type options struct {
 	jwtSecret string
 	// collector is the host:port that traces go to.
 	collector string
+	// retention is how long tombstones are kept; 0 is the default.
+	retention time.Duration
 	// postgres puts a Postgres behind the one binary, which has SQLite by default.
 	postgres bool
 }
@@ -58,6 +60,13 @@ func (o options) env() []string {
 			"OTEL_TRACES_SAMPLER=always_on")
 	}
 	return env
+}
+
+func (o options) retentionFlags() []string {
+	if o.retention == 0 {
+		return nil
+	}
+	return []string{"--tombstone-retention", o.retention.String()}
 }
 
 func (o options) authFlags(t testing.TB, dir string) []string {
@@ -162,6 +171,7 @@ func newOneProcess(t testing.TB, o options) Cluster {
 	address := freeAddress(t)
 	args := []string{"--listen", address, "--operator-listen", freeAddress(t), "--data", dir}
 	args = append(args, o.authFlags(t, dir)...)
+	args = append(args, o.retentionFlags()...)
 	c.rows = func(t testing.TB, mapName string) map[string]lwwmap.Record {
 		t.Helper()
 		return sqliteRows(t, dir, mapName)
@@ -214,13 +224,16 @@ func newFourProcesses(t testing.TB, o options) Cluster {
 			name: "nats", path: self, wants: []string{listening},
 			env: append(o.env(), natsDirEnv+"="+filepath.Join(dir, "nats"), natsListenEnv+"="+addr["nats"]),
 		},
-		service("fanout", "fanout", "--nats", nats),
+		service("fanout", "fanout", "--nats", nats, "--partition", url("partition")),
 		service("persistence", "persistence", "--nats", nats, "--postgres", c.db.url, "--shards", "4"),
-		service("partition", "partition", "--nats", nats, "--persistence", url("persistence"), "--shards", "4"),
+		service("partition", "partition", append([]string{
+			"--nats", nats, "--persistence", url("persistence"), "--shards", "4",
+		}, o.retentionFlags()...)...),
 	}
 	for _, role := range []string{"gateway-1", "gateway-2"} {
 		args := append([]string{
 			"--operator-listen", freeAddress(t), "--partition", url("partition"), "--fanout", url("fanout"),
+			"--persistence", url("persistence"),
 		}, o.authFlags(t, dir)...)
 		gateway := service(role, "gateway", args...)
 		gateway.wants = append(gateway.wants, operator)

@@ -121,8 +121,10 @@ func (w *writer) frame(f client.Frame) {
 	}
 	lastID := ""
 	if msg, err := wire.DecodeServer(f.Data); err == nil {
-		if ack, ok := msg.(*wire.OpAck); ok {
-			lastID = ack.LastID
+		for _, inner := range unpack(msg, len(f.Data)) {
+			if ack, ok := inner.Message.(*wire.OpAck); ok {
+				lastID = ack.LastID
+			}
 		}
 	} else if resp, err := wire.DecodeSyncResponse(f.Data); err == nil && resp.Ack != nil {
 		lastID = resp.Ack.LastID

@@ -47,7 +47,7 @@ func readRows(t testing.TB, driver, url, table, param, mapName string) map[strin
 	db, err := sql.Open(driver, url)
 	must(t, err)
 	defer db.Close()
-	query := fmt.Sprintf(`SELECT key, value, millis, counter, node_id, ttl_millis, deleted FROM %s WHERE map = %s`, table, param)
+	query := fmt.Sprintf(`SELECT key, value, millis, counter, node_id, ttl_millis, deleted FROM %s WHERE kind = 0 AND map = %s`, table, param)
 	rows, err := db.QueryContext(context.Background(), query, mapName)
 	must(t, err)
 	defer rows.Close()

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -80,19 +81,34 @@ func replay(t *testing.T, c Cluster, file, token string) {
 	}
 }
 
-// nextJSON returns the next frame as its JSON would be.
+// nextJSON returns the next message as its JSON would be.
 func (c *conn) nextJSON() map[string]any {
 	c.t.Helper()
-	kind, data, err := c.ws.Read(within(c.t, deadline))
-	if err != nil {
-		c.t.Fatal(err)
+	if len(c.packed) == 0 {
+		kind, data, err := c.ws.Read(within(c.t, deadline))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		if kind != websocket.MessageBinary {
+			c.t.Fatal("a text frame")
+		}
+		c.packed = [][]byte{data}
 	}
-	if kind != websocket.MessageBinary {
-		c.t.Fatal("a text frame")
-	}
+	data := c.packed[0]
+	c.packed = c.packed[1:]
 	v, rest, err := msgp.ReadIntfBytes(data)
 	if err != nil || len(rest) != 0 {
 		c.t.Fatalf("frame is not one msgpack value: %v", err)
+	}
+	if batch, ok := v.(map[string]any); ok && batch["type"] == "BATCH" {
+		// Counts and lengths are 32 bits, the least byte first (PROTOCOL 2.4).
+		inner := batch["data"].([]byte)[4:]
+		for len(inner) > 0 {
+			size := binary.LittleEndian.Uint32(inner)
+			c.packed = append(c.packed, inner[4:4+size])
+			inner = inner[4+size:]
+		}
+		return c.nextJSON()
 	}
 	text, err := json.Marshal(v) // as float64, like the recording
 	must(c.t, err)

@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/topgun-sync/topgun/client"
 	"github.com/topgun-sync/topgun/core/hlc"
@@ -11,7 +12,8 @@ import (
 // TestStories runs the stories that leave the cluster as they find it, apart from
 // maps of their own, against one cluster per topology.
 func TestStories(t *testing.T) {
-	stories(t, options{}, func(t *testing.T, c Cluster) {
+	// The recorded sessions are some years old, and so are their stamps.
+	stories(t, options{retention: 10 * 365 * 24 * time.Hour}, func(t *testing.T, c Cluster) {
 		for _, s := range []struct {
 			name  string
 			story func(t *testing.T, c Cluster)
@@ -30,6 +32,17 @@ func TestStories(t *testing.T) {
 			{"odd keys and values", oddKeysAndValues},
 			{"large values", largeValues},
 			{"many maps", manyMaps},
+			{"OR-maps", orMaps},
+			{"live queries", liveQueries},
+			{"pages of a query", pagesOfAQuery},
+			{"groups of a query", groupsOfAQuery},
+			{"bad queries", badQueries},
+			{"topics", topics},
+			{"counters", counters},
+			{"locks", locks},
+			{"journal", journal},
+			{"partition map", partitionMap},
+			{"persisted means in the database", persistedMeansInTheDatabase},
 			{"hostile input", hostileInput},
 			{"recorded session", func(t *testing.T, c Cluster) { replay(t, c, "session-minimal.json", "") }},
 		} {

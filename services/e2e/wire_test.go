@@ -41,8 +41,26 @@ func (tr *traffic) record(f client.Frame) {
 			tr.sent = append(tr.sent, frame{msg, len(raw)})
 		}
 	} else if msg, err := wire.DecodeServer(raw); err == nil {
-		tr.received = append(tr.received, frame{msg, len(raw)})
+		tr.received = append(tr.received, unpack(msg, len(raw))...)
 	}
+}
+
+// unpack returns the messages of a frame. Of a BATCH the first one stands for the
+// bytes that the others do not account for.
+func unpack(msg wire.Message, size int) []frame {
+	batch, ok := msg.(*wire.Batch)
+	if !ok {
+		return []frame{{msg, size}}
+	}
+	frames := make([]frame, len(batch.Messages))
+	for i, inner := range batch.Messages {
+		frames[i] = frame{inner, len(inner.AppendTo(nil))}
+		size -= frames[i].size
+	}
+	if len(frames) > 0 {
+		frames[0].size += size
+	}
+	return frames
 }
 
 // recording is a change of a client's configuration that records into tr.
@@ -100,10 +118,6 @@ func eventsOf(msg wire.Message) (events []wire.Event) {
 		return []wire.Event{msg.Event}
 	case *wire.ServerBatchEvent:
 		return msg.Events
-	case *wire.Batch:
-		for _, inner := range msg.Messages {
-			events = append(events, eventsOf(inner)...)
-		}
 	}
 	return events
 }
@@ -139,6 +153,9 @@ func (tr *traffic) roots(mapName string) (roots []uint32) {
 type conn struct {
 	t  testing.TB
 	ws *websocket.Conn
+	// unpacked are messages of a BATCH that were not asked for yet.
+	unpacked []wire.Message
+	packed   [][]byte // the same, for who reads them undecoded
 }
 
 func dial(t testing.TB, c Cluster, i int) *conn {
@@ -149,7 +166,7 @@ func dial(t testing.TB, c Cluster, i int) *conn {
 	}
 	t.Cleanup(func() { ws.CloseNow() })
 	ws.SetReadLimit(32 << 20)
-	return &conn{t, ws}
+	return &conn{t: t, ws: ws}
 }
 
 // hello introduces the connection to a cluster that wants no token.
@@ -180,12 +197,29 @@ func (c *conn) next() wire.Message {
 	return msg
 }
 
-func (c *conn) read() (wire.Message, error) {
-	_, data, err := c.ws.Read(within(c.t, deadline))
-	if err != nil {
-		return nil, err
+func (c *conn) read() (wire.Message, error) { return c.readWithin(within(c.t, deadline)) }
+
+func (c *conn) readWithin(ctx context.Context) (wire.Message, error) {
+	for {
+		if len(c.unpacked) > 0 {
+			msg := c.unpacked[0]
+			c.unpacked = c.unpacked[1:]
+			return msg, nil
+		}
+		_, data, err := c.ws.Read(ctx)
+		if err != nil {
+			return nil, err
+		}
+		msg, err := wire.DecodeServer(data)
+		if err != nil {
+			return nil, err
+		}
+		batch, ok := msg.(*wire.Batch)
+		if !ok {
+			return msg, nil
+		}
+		c.unpacked = batch.Messages
 	}
-	return wire.DecodeServer(data)
 }
 
 // expect returns the next message of a type; others in between are passed over.

@@ -44,12 +44,19 @@ type room struct {
 
 func open(t *testing.T, config fanout.Config, deps fanout.Deps) *room {
 	t.Helper()
+	return openPlanned(t, config, deps, func(*fanout.Service) {})
+}
+
+// openPlanned is open with a change before Run.
+func openPlanned(t *testing.T, config fanout.Config, deps fanout.Deps, plan func(*fanout.Service)) *room {
+	t.Helper()
 	b := membus.New()
 	deps.Bus = b
 	service, err := fanout.New(config, deps)
 	if err != nil {
 		t.Fatal(err)
 	}
+	plan(service)
 	server := rpc.NewServer(rpc.Deps{})
 	service.Register(server)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -161,6 +168,8 @@ func text(message *fanoutv1.SubscribeResponse) string {
 		return fmt.Sprintf("%s/%d/%d", m.Event.GetMap(), m.Event.GetShard(), m.Event.GetSequence())
 	case *fanoutv1.SubscribeResponse_Gap:
 		return "gap " + m.Gap.GetMap()
+	case *fanoutv1.SubscribeResponse_TopicMessage:
+		return fmt.Sprintf("topic %s %d %s %s", m.TopicMessage.GetTopic(), m.TopicMessage.GetMillis(), m.TopicMessage.GetPublisherId(), m.TopicMessage.GetOrigin())
 	}
 	return fmt.Sprintf("%T", message.GetMessage())
 }
@@ -613,28 +622,6 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("%d maps, %d subscriptions, want 1", maps, r.bus.Maps())
 		}
 	})
-}
-
-func TestConfig(t *testing.T) {
-	b := membus.New()
-	defer b.Close()
-	if _, err := fanout.New(fanout.DefaultConfig(), fanout.Deps{}); err == nil || !strings.Contains(err.Error(), "Deps.Bus is missing") {
-		t.Errorf("without a bus: %v", err)
-	}
-	for name, spoil := range map[string]func(*fanout.Config){
-		"MaxStreams":       func(c *fanout.Config) { c.MaxStreams = 0 },
-		"MaxMapsPerStream": func(c *fanout.Config) { c.MaxMapsPerStream = 0 },
-		"QueueEvents":      func(c *fanout.Config) { c.QueueEvents = 0 },
-		"QueueBytes":       func(c *fanout.Config) { c.QueueBytes = 0 },
-		"MaxPositions":     func(c *fanout.Config) { c.MaxPositions = 0 },
-		"HeartbeatPeriod":  func(c *fanout.Config) { c.HeartbeatPeriod = 1 },
-	} {
-		config := fanout.DefaultConfig()
-		spoil(&config)
-		if _, err := fanout.New(config, fanout.Deps{Bus: b}); err == nil || !strings.Contains(err.Error(), name+" must be at least") {
-			t.Errorf("%s: got %v", name, err)
-		}
-	}
 }
 
 func TestRunEndsStreams(t *testing.T) {

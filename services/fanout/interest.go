@@ -8,18 +8,32 @@ import (
 	"github.com/topgun-sync/topgun/services/internal/bus"
 )
 
-// watchedMap is a map that at least one stream watches.
+// watchedMap is a map that at least one stream watches, or a query of one.
 type watchedMap struct {
-	streams      map[*stream]struct{}
+	streams map[*stream]struct{}
+	// live keeps the queries of the map; nil where there are none.
+	live         *liveMap
 	subscription bus.Subscription
 	// confirmed says that the broker has the subscription.
 	confirmed bool
 }
 
-// watch adds and removes maps of a stream. All or nothing of add is done. When it
-// returns nil the broker has all subscriptions, so that what is logged from then on
-// is delivered or noticed missing.
-func (s *Service) watch(ctx context.Context, streamID string, add, remove []string) error {
+// watchedTopic is a topic that at least one stream watches.
+type watchedTopic struct {
+	streams      map[*stream]struct{}
+	subscription bus.Subscription
+	confirmed    bool
+}
+
+// interest is what a Watch adds or removes.
+type interest struct {
+	maps, topics []string
+}
+
+// watch adds and removes maps and topics of a stream. All or nothing of add is done.
+// When it returns nil the broker has all subscriptions, so that what is logged or
+// published from then on is delivered or, of maps, noticed missing.
+func (s *Service) watch(ctx context.Context, streamID string, add, remove interest) error {
 	change, err := s.changeInterest(streamID, add, remove)
 	if err != nil || len(change.unconfirmed) == 0 {
 		return err
@@ -28,13 +42,11 @@ func (s *Service) watch(ctx context.Context, streamID string, add, remove []stri
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil {
-		for _, name := range change.added {
-			s.unwatchLocked(change.stream, name)
-		}
+		s.undoLocked(change)
 		return fmt.Errorf("%w: %w", errBus, err)
 	}
-	for _, w := range change.unconfirmed {
-		w.confirmed = true
+	for _, confirmed := range change.unconfirmed {
+		*confirmed = true
 	}
 	return nil
 }
@@ -42,37 +54,60 @@ func (s *Service) watch(ctx context.Context, streamID string, add, remove []stri
 // change is what a Watch did before the broker confirmed it.
 type change struct {
 	stream *stream
-	// added are the maps that the stream did not watch before.
-	added []string
-	// unconfirmed are the maps whose subscription the broker may not have yet,
-	// whoever made it.
-	unconfirmed []*watchedMap
+	// added is what the stream did not watch before.
+	added interest
+	// unconfirmed are the marks of the subscriptions that the broker may not have
+	// yet, whoever made them.
+	unconfirmed []*bool
+}
+
+func (s *Service) undoLocked(c change) {
+	for _, name := range c.added.maps {
+		s.unwatchLocked(c.stream, name)
+	}
+	for _, topic := range c.added.topics {
+		s.unwatchTopicLocked(c.stream, topic)
+	}
 }
 
 // changeInterest subscribes and unsubscribes.
-func (s *Service) changeInterest(streamID string, add, remove []string) (change, error) {
+func (s *Service) changeInterest(streamID string, add, remove interest) (change, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c := change{stream: s.streams[streamID]}
 	if c.stream == nil {
 		return change{}, errNoStream
 	}
-	for _, name := range remove {
+	for _, name := range remove.maps {
 		s.unwatchLocked(c.stream, name)
 	}
-	for _, name := range add {
+	for _, topic := range remove.topics {
+		s.unwatchTopicLocked(c.stream, topic)
+	}
+	for _, name := range add.maps {
 		fresh, err := s.watchLocked(c.stream, name)
 		if err != nil {
-			for _, name := range c.added {
-				s.unwatchLocked(c.stream, name)
-			}
+			s.undoLocked(c)
 			return change{}, err
 		}
 		if fresh {
-			c.added = append(c.added, name)
+			c.added.maps = append(c.added.maps, name)
 		}
 		if w := s.maps[name]; !w.confirmed {
-			c.unconfirmed = append(c.unconfirmed, w)
+			c.unconfirmed = append(c.unconfirmed, &w.confirmed)
+		}
+	}
+	for _, topic := range add.topics {
+		fresh, err := s.watchTopicLocked(c.stream, topic)
+		if err != nil {
+			s.undoLocked(c)
+			return change{}, err
+		}
+		if fresh {
+			c.added.topics = append(c.added.topics, topic)
+		}
+		if w := s.topics[topic]; !w.confirmed {
+			c.unconfirmed = append(c.unconfirmed, &w.confirmed)
 		}
 	}
 	return c, nil
@@ -86,21 +121,31 @@ func (s *Service) watchLocked(st *stream, name string) (fresh bool, err error) {
 	if len(st.maps) >= s.config.MaxMapsPerStream {
 		return false, errTooManyMaps
 	}
-	w := s.maps[name]
-	if w == nil {
-		subscription, err := s.bus.SubscribeEvents(name, s.onEvent)
-		if err != nil {
-			return false, fmt.Errorf("%w: %w", errBus, err)
-		}
-		w = &watchedMap{streams: make(map[*stream]struct{}), subscription: subscription}
-		s.maps[name] = w
+	w, err := s.mapLocked(name)
+	if err != nil {
+		return false, err
 	}
 	w.streams[st] = struct{}{}
 	st.maps[name] = struct{}{}
 	return true, nil
 }
 
-// unwatchLocked undoes watchLocked; the last stream takes the subscription along.
+// mapLocked returns a map, subscribed if it was not. Give it a watcher, or call
+// releaseLocked.
+func (s *Service) mapLocked(name string) (*watchedMap, error) {
+	if w := s.maps[name]; w != nil {
+		return w, nil
+	}
+	subscription, err := s.bus.SubscribeEvents(name, s.onEvent)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errBus, err)
+	}
+	w := &watchedMap{streams: make(map[*stream]struct{}), subscription: subscription}
+	s.maps[name] = w
+	return w, nil
+}
+
+// unwatchLocked undoes watchLocked.
 func (s *Service) unwatchLocked(st *stream, name string) {
 	if _, ok := st.maps[name]; !ok {
 		return
@@ -108,13 +153,22 @@ func (s *Service) unwatchLocked(st *stream, name string) {
 	delete(st.maps, name)
 	w := s.maps[name]
 	delete(w.streams, st)
-	if len(w.streams) > 0 {
+	s.releaseLocked(name, w)
+}
+
+// releaseLocked ends the subscription of a map that nobody watches any more.
+func (s *Service) releaseLocked(name string, w *watchedMap) {
+	if len(w.streams) > 0 || w.live != nil {
 		return
 	}
 	delete(s.maps, name)
-	if err := w.subscription.Unsubscribe(); err != nil && !errors.Is(err, bus.ErrClosed) {
+	s.unsubscribe(w.subscription)
+}
+
+func (s *Service) unsubscribe(subscription bus.Subscription) {
+	if err := subscription.Unsubscribe(); err != nil && !errors.Is(err, bus.ErrClosed) {
 		// The broker may send on what nobody handles.
-		s.logger.Warn("unsubscribe from a map", "error", err)
+		s.logger.Warn("unsubscribe from the bus", "error", err)
 	}
 }
 
@@ -126,5 +180,11 @@ func (s *Service) detachLocked(st *stream) {
 	delete(s.streams, st.id)
 	for name := range st.maps {
 		s.unwatchLocked(st, name)
+	}
+	for topic := range st.topics {
+		s.unwatchTopicLocked(st, topic)
+	}
+	for _, q := range st.queries {
+		s.dropQueryLocked(q)
 	}
 }

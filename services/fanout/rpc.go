@@ -3,15 +3,25 @@ package fanout
 import (
 	"context"
 	"errors"
+	"strings"
 
 	"connectrpc.com/connect/v2"
 
+	"github.com/topgun-sync/topgun/core/msgval"
 	fanoutv1 "github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1"
 	"github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1/fanoutv1connect"
 )
 
 // maxNameBytes bounds a map's name (RELIABILITY 3) and a gateway's.
 const maxNameBytes = 128
+
+// Limits of a topic message, which the proto gives, and of who published it.
+const (
+	maxTopicBytes     = 256
+	maxTopicDataBytes = 256 << 10
+	maxPublisherBytes = 4096
+	maxOriginBytes    = 128
+)
 
 // rpcHandler is the service as its callers see it.
 type rpcHandler struct{ service *Service }
@@ -33,9 +43,14 @@ func (h rpcHandler) Subscribe(ctx context.Context, req *fanoutv1.SubscribeReques
 		return err
 	}
 	for {
-		message, err := st.next(ctx)
+		message, due, err := st.next(ctx)
 		if err != nil {
 			return rpcError(err)
+		}
+		if due != nil {
+			if message = h.service.result(due); message == nil {
+				continue
+			}
 		}
 		if err := out.Send(message); err != nil {
 			return err
@@ -44,7 +59,8 @@ func (h rpcHandler) Subscribe(ctx context.Context, req *fanoutv1.SubscribeReques
 	}
 }
 
-// Watch changes the maps of a stream.
+// Watch changes what a stream brings. The maps and topics come first, all or nothing
+// of them; queries have no effect where those fail.
 func (h rpcHandler) Watch(ctx context.Context, req *fanoutv1.WatchRequest) (*fanoutv1.WatchResponse, error) {
 	for _, names := range [][]string{req.GetAdd(), req.GetRemove()} {
 		for _, name := range names {
@@ -53,16 +69,72 @@ func (h rpcHandler) Watch(ctx context.Context, req *fanoutv1.WatchRequest) (*fan
 			}
 		}
 	}
-	if err := h.service.watch(ctx, req.GetStreamId(), req.GetAdd(), req.GetRemove()); err != nil {
+	for _, q := range req.GetAddQueries() {
+		if n := len(q.GetMap()); n < 1 || n > maxNameBytes {
+			return nil, connect.NewError(connect.CodeInvalidArgument, "names of maps must have 1 to 128 bytes")
+		}
+	}
+	for _, topics := range [][]string{req.GetAddTopics(), req.GetRemoveTopics()} {
+		for _, topic := range topics {
+			if !isTopic(topic) {
+				return nil, errTopicName
+			}
+		}
+	}
+	add := interest{req.GetAdd(), req.GetAddTopics()}
+	remove := interest{req.GetRemove(), req.GetRemoveTopics()}
+	if err := h.service.watch(ctx, req.GetStreamId(), add, remove); err != nil {
+		return nil, rpcError(err)
+	}
+	if err := h.service.watchQueries(req); err != nil {
 		return nil, rpcError(err)
 	}
 	return &fanoutv1.WatchResponse{}, nil
 }
 
-// Describe counts streams and maps.
+var errTopicName = connect.NewError(connect.CodeInvalidArgument, "names of topics must have 1 to 256 characters of A to Z, a to z, 0 to 9, '_', '-', '.', '/' and ':', without two dots in a row")
+
+// isTopic checks a topic's name (PROTOCOL 14.1).
+func isTopic(name string) bool {
+	if len(name) < 1 || len(name) > maxTopicBytes || strings.Contains(name, "..") {
+		return false
+	}
+	for _, c := range []byte(name) {
+		switch {
+		case 'A' <= c && c <= 'Z', 'a' <= c && c <= 'z', '0' <= c && c <= '9':
+		case c == '_', c == '-', c == '.', c == '/', c == ':':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// Publish sends a message to the subscribers of a topic.
+func (h rpcHandler) Publish(ctx context.Context, req *fanoutv1.PublishRequest) (*fanoutv1.PublishResponse, error) {
+	message := req.GetMessage()
+	if !isTopic(message.GetTopic()) {
+		return nil, errTopicName
+	}
+	if len(message.GetData()) > maxTopicDataBytes {
+		return nil, connect.NewError(connect.CodeInvalidArgument, "data must have at most 256 KiB")
+	}
+	if rest, err := msgval.Check(message.GetData()); err != nil || len(rest) > 0 {
+		return nil, connect.NewError(connect.CodeInvalidArgument, "data must be one msgpack value").WithCause(err)
+	}
+	if len(message.GetPublisherId()) > maxPublisherBytes || len(message.GetOrigin()) > maxOriginBytes {
+		return nil, connect.NewError(connect.CodeInvalidArgument, "publisher_id must have at most 4096 bytes, and origin at most 128")
+	}
+	if err := h.service.publish(ctx, message); err != nil {
+		return nil, rpcError(err)
+	}
+	return &fanoutv1.PublishResponse{}, nil
+}
+
+// Describe counts streams and what they watch.
 func (h rpcHandler) Describe(context.Context, *fanoutv1.DescribeRequest) (*fanoutv1.DescribeResponse, error) {
-	streams, maps := h.service.describe()
-	return &fanoutv1.DescribeResponse{Streams: uint32(streams), Maps: uint32(maps)}, nil
+	streams, maps, queries, topics := h.service.describe()
+	return &fanoutv1.DescribeResponse{Streams: uint32(streams), Maps: uint32(maps), Queries: uint32(queries), Topics: uint32(topics)}, nil
 }
 
 // rpcError translates the room's errors, once. The texts of ours are written for
@@ -76,6 +148,9 @@ func rpcError(err error) error {
 		{errBus, connect.CodeUnavailable},
 		{errTooManyStreams, connect.CodeResourceExhausted},
 		{errTooManyMaps, connect.CodeResourceExhausted},
+		{errTooManyTopics, connect.CodeResourceExhausted},
+		{errTooManyQueries, connect.CodeResourceExhausted},
+		{errBigMessage, connect.CodeInvalidArgument},
 		{errSlow, connect.CodeResourceExhausted},
 		{errNoStream, connect.CodeNotFound},
 	} {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect/v2"
@@ -25,7 +26,7 @@ import (
 // Service passes events on. Its methods may be called concurrently; Run once.
 type Service struct {
 	config Config
-	bus    bus.Subscriber
+	bus    Bus
 	logger *slog.Logger
 	tracer trace.Tracer
 	now    func() time.Time
@@ -33,12 +34,27 @@ type Service struct {
 	meters *meters
 
 	// mu guards the interest and the tracker. The bus calls with one goroutine, so
-	// what competes for it is Watch, which is rare.
+	// what competes for it is Watch, which is rare. Locks are taken in this order:
+	// mu, or a liveMap's mu; then an inbox's or a stream's. Evaluation of queries
+	// happens under the second and never under the first.
 	mu      sync.Mutex
 	running bool
 	streams map[string]*stream
 	maps    map[string]*watchedMap
+	topics  map[string]*watchedTopic
+	// queries counts the live queries of all streams, equal ones too.
+	queries int
 	tracker *tracker
+
+	partitions *partitions
+	plan       readPlan
+	// crew works for live queries.
+	crew crew
+	// evaluators counts distinct queries, queriesBytes the bytes of their rows, and
+	// inboxBytes those of the events that wait for them, over all maps.
+	evaluators   atomic.Int64
+	queriesBytes atomic.Int64
+	inboxBytes   atomic.Int64
 }
 
 // New checks the configuration and returns a service that does nothing before Run.
@@ -58,6 +74,8 @@ func New(config Config, deps Deps) (*Service, error) {
 		random:  deps.Random,
 		streams: make(map[string]*stream),
 		maps:    make(map[string]*watchedMap),
+		topics:  make(map[string]*watchedTopic),
+		plan:    readPlan{separateReads, pageRows},
 	}
 	if s.logger == nil {
 		s.logger = slog.New(slog.DiscardHandler)
@@ -75,6 +93,9 @@ func New(config Config, deps Deps) (*Service, error) {
 		return s.maps[name] != nil
 	})
 	var err error
+	if s.partitions, err = newPartitions(deps.Partitions, config.MaxReads); err != nil {
+		return nil, fmt.Errorf("fanout: %w", err)
+	}
 	if s.meters, err = newMeters(deps.Meter); err != nil {
 		return nil, fmt.Errorf("fanout: %w", err)
 	}
@@ -113,6 +134,7 @@ func (s *Service) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("run fanout: %w", err)
 	}
+	s.crew.start(ctx, s.config.MaxReads)
 	defer s.stop(heartbeats)
 	for {
 		err := s.bus.Flush(ctx)
@@ -147,12 +169,13 @@ func (s *Service) stop(heartbeats bus.Subscription) {
 		s.logger.Warn("unsubscribe from heartbeats", "error", err)
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.running = false
 	for _, st := range s.streams {
 		st.close(errNotRunning)
 		s.detachLocked(st)
 	}
+	s.mu.Unlock()
+	s.crew.stop()
 }
 
 // open adds a stream.
@@ -161,7 +184,7 @@ func (s *Service) open(gateway string) (*stream, error) {
 	if _, err := io.ReadFull(s.random, id); err != nil {
 		return nil, fmt.Errorf("name a stream: %w", err)
 	}
-	st := newStream(hex.EncodeToString(id), gateway, limits{s.config.QueueEvents, s.config.QueueBytes})
+	st := newStream(hex.EncodeToString(id), gateway, limits{s.config.QueueEvents, s.config.QueueBytes}, s.meters)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.running {
@@ -217,6 +240,9 @@ func (s *Service) onEvent(ctx context.Context, event *fanoutv1.Event) {
 	for st := range w.streams {
 		s.settleLocked(st, st.push(name, message, size))
 	}
+	if w.live != nil {
+		w.live.event(event, size)
+	}
 }
 
 func (s *Service) onHeartbeat(heartbeat *fanoutv1.Heartbeat) {
@@ -230,6 +256,9 @@ func (s *Service) onHeartbeat(heartbeat *fanoutv1.Heartbeat) {
 func (s *Service) onLoss() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if len(s.topics) > 0 {
+		s.meters.topicLosses.Add(context.Background(), 1)
+	}
 	s.gapAllLocked(causeBus)
 }
 
@@ -256,6 +285,9 @@ func (s *Service) gapLocked(name string, w *watchedMap, cause string) {
 	for st := range w.streams {
 		s.settleLocked(st, st.gap(name))
 	}
+	if w.live != nil {
+		w.live.gap()
+	}
 }
 
 // settleLocked deals with what became of a queued message.
@@ -270,11 +302,11 @@ func (s *Service) settleLocked(st *stream, result outcome) {
 	}
 }
 
-// describe counts streams and maps.
-func (s *Service) describe() (streams, maps int) {
+// describe counts streams, maps, distinct queries and topics.
+func (s *Service) describe() (streams, maps, queries, topics int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.streams), len(s.maps)
+	return len(s.streams), len(s.maps), int(s.evaluators.Load()), len(s.topics)
 }
 
 // queued sums what waits over all streams.

@@ -9,21 +9,35 @@ import (
 	fanoutv1 "github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1"
 )
 
-// stream is the queue of one gateway. push and gap are called by the bus, next by
-// the RPC that serves the stream.
+// stream is the queue of one gateway. Events, gaps, topic messages and changes of
+// queries are pushed; next, called by the RPC that serves the stream, takes them out.
 //
-// Bounds: limits.events messages and limits.bytes of events. An event that does not
-// fit takes the queued events of its map with it, and one Gap replaces them all; that
-// Gap also stands for the map's later events until it is sent. Where this frees
-// nothing, all maps are treated so. Where even the Gaps do not fit, the stream ends
-// with errSlow and the gateway starts over.
+// Bounds: limits.events messages and limits.bytes of them. What does not fit makes
+// room in this order:
+//
+//  1. Topic messages are dropped and counted; they are at most once.
+//  2. Changes of queries are dropped, and their queries are due: a fresh result
+//     follows, which costs no read.
+//  3. An event takes the queued events of its map with it, and one Gap replaces them
+//     all; that Gap also stands for the map's later events until it is sent.
+//  4. Where this frees nothing, all maps are treated so.
+//  5. Where even the Gaps do not fit, the stream ends with errSlow and the gateway
+//     starts over.
+//
+// Results of queries do not wait in the queue: a query that is due waits in a list,
+// and its result is made when its turn has come. So they cost a slow stream nothing,
+// and the list is bounded by the number of the stream's queries.
 type stream struct {
 	id      string
 	gateway string
 	limits  limits
+	meters  *meters
 
-	// maps is what the stream watches; the interest's lock guards it.
-	maps map[string]struct{}
+	// maps, topics and queries are what the stream watches; the interest's lock
+	// guards them.
+	maps    map[string]struct{}
+	topics  map[string]struct{}
+	queries map[uint64]*sub
 
 	mu sync.Mutex
 	// queue[head:] waits; what is before head was sent and is overwritten when the
@@ -32,18 +46,41 @@ type stream struct {
 	head   int
 	bytes  int
 	queued map[string]queuedMap
-	ended  error
-	wake   chan struct{}
+	// kinds counts what waits of each kind.
+	kinds [kindCount]int
+	// due are the queries whose result is to be sent, first come first served; those
+	// that changed their state since are skipped. Results and the queue take turns.
+	due       []*sub
+	dueIsNext bool
+	// dueGone counts those in due that were ended there, about.
+	dueGone int
+	ended   error
+	wake    chan struct{}
 }
 
 type limits struct{ events, bytes int }
 
-// item is one message that waits: an event of size encoded bytes, or a Gap.
+type itemKind uint8
+
+const (
+	eventKind itemKind = iota
+	gapKind
+	topicKind
+	changesKind
+	kindCount
+)
+
+// item is one message that waits, of size encoded bytes.
 type item struct {
-	mapName string
+	kind    itemKind
 	message *fanoutv1.SubscribeResponse
 	size    int
-	gap     bool
+	// mapName is set for events and gaps.
+	mapName string
+	// sub and epoch are set for changes: of an older epoch than the query's they are
+	// in a result that was sent, or is due.
+	sub   *sub
+	epoch uint32
 }
 
 // queuedMap is what waits for one map. It exists while something does.
@@ -57,12 +94,15 @@ type queuedMap struct {
 	swallow bool
 }
 
-func newStream(id, gateway string, l limits) *stream {
+func newStream(id, gateway string, l limits, m *meters) *stream {
 	return &stream{
 		id:      id,
 		gateway: gateway,
 		limits:  l,
+		meters:  m,
 		maps:    make(map[string]struct{}),
+		topics:  make(map[string]struct{}),
+		queries: make(map[uint64]*sub),
 		queued:  make(map[string]queuedMap),
 		wake:    make(chan struct{}, 1),
 	}
@@ -90,11 +130,12 @@ func (s *stream) push(mapName string, event *fanoutv1.SubscribeResponse, size in
 	if s.queued[mapName].swallow {
 		return queuedUp
 	}
-	if s.waiting() == 0 || (s.waiting() < s.limits.events && s.bytes+size <= s.limits.bytes) {
-		s.append(item{mapName: mapName, message: event, size: size}, false)
+	if s.makeRoom(size) {
+		s.appendEvent(item{kind: eventKind, mapName: mapName, message: event, size: size}, false)
 		return queuedUp
 	}
-	s.drop(mapName)
+	s.drop(func(it item) bool { return it.kind <= gapKind && it.mapName == mapName })
+	delete(s.queued, mapName)
 	return s.overflow(mapName)
 }
 
@@ -108,18 +149,56 @@ func (s *stream) gap(mapName string) outcome {
 	if s.queued[mapName].gapLast {
 		return queuedUp
 	}
-	if s.waiting() < s.limits.events {
-		s.append(gapItem(mapName), false)
+	if s.makeRoom(0) || s.waiting() < s.limits.events {
+		s.appendEvent(gapItem(mapName), false)
 		return queuedUp
 	}
 	return s.overflow(mapName)
 }
 
-// overflow puts a Gap for the map into a queue that was full, at the cost of the
-// other maps if it must.
+// pushTopic queues a topic message of size encoded bytes, or drops it.
+func (s *stream) pushTopic(message *fanoutv1.SubscribeResponse, size int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended != nil {
+		return
+	}
+	if !s.fits(size) {
+		s.meters.topicsDropped.Add(context.Background(), 1)
+		return
+	}
+	s.append(item{kind: topicKind, message: message, size: size})
+}
+
+// fits says whether a message of size bytes may wait. A single one may always.
+func (s *stream) fits(size int) bool {
+	return s.waiting() == 0 || (s.waiting() < s.limits.events && s.bytes+size <= s.limits.bytes)
+}
+
+// makeRoom drops what may be dropped until a message of size bytes fits. It says
+// whether it does.
+func (s *stream) makeRoom(size int) bool {
+	if !s.fits(size) && s.kinds[topicKind] > 0 {
+		s.meters.topicsDropped.Add(context.Background(), int64(s.kinds[topicKind]))
+		s.drop(func(it item) bool { return it.kind == topicKind })
+	}
+	if !s.fits(size) && s.kinds[changesKind] > 0 {
+		s.drop(func(it item) bool {
+			if it.kind == changesKind && it.epoch == it.sub.epoch {
+				s.setDue(it.sub)
+				s.meters.resultsAgain.Add(context.Background(), 1)
+			}
+			return it.kind == changesKind
+		})
+	}
+	return s.fits(size)
+}
+
+// overflow puts a Gap for the map into a queue that was full of events and gaps, at
+// the cost of the other maps if it must.
 func (s *stream) overflow(mapName string) outcome {
 	if s.waiting() < s.limits.events {
-		s.append(gapItem(mapName), true)
+		s.appendEvent(gapItem(mapName), true)
 		return overflowed
 	}
 	names := slices.Collect(maps.Keys(s.queued))
@@ -130,30 +209,40 @@ func (s *stream) overflow(mapName string) outcome {
 		s.end(errSlow)
 		return tooSlow
 	}
-	s.queue, s.head, s.bytes = nil, 0, 0
+	s.drop(func(item) bool { return true })
 	clear(s.queued)
 	for _, name := range names {
-		s.append(gapItem(name), true)
+		s.appendEvent(gapItem(name), true)
 	}
 	return overflowed
 }
 
-// drop removes what waits for a map.
-func (s *stream) drop(mapName string) {
+// drop removes the items for which discard says so.
+func (s *stream) drop(discard func(item) bool) {
 	s.queue = slices.DeleteFunc(s.queue[s.head:], func(it item) bool {
-		if it.mapName != mapName {
+		if !discard(it) {
 			return false
 		}
 		s.bytes -= it.size
+		s.kinds[it.kind]--
 		return true
 	})
 	s.head = 0
-	delete(s.queued, mapName)
 }
 
 func (s *stream) waiting() int { return len(s.queue) - s.head }
 
-func (s *stream) append(it item, swallow bool) {
+// appendEvent queues an event or a gap.
+func (s *stream) appendEvent(it item, swallow bool) {
+	s.append(it)
+	s.queued[it.mapName] = queuedMap{
+		items:   s.queued[it.mapName].items + 1,
+		gapLast: it.kind == gapKind,
+		swallow: swallow,
+	}
+}
+
+func (s *stream) append(it item) {
 	if s.head > 0 && s.head*2 >= len(s.queue) && len(s.queue) == cap(s.queue) {
 		rest := copy(s.queue, s.queue[s.head:])
 		clear(s.queue[rest:])
@@ -161,11 +250,7 @@ func (s *stream) append(it item, swallow bool) {
 	}
 	s.queue = append(s.queue, it)
 	s.bytes += it.size
-	s.queued[it.mapName] = queuedMap{
-		items:   s.queued[it.mapName].items + 1,
-		gapLast: it.gap,
-		swallow: swallow,
-	}
+	s.kinds[it.kind]++
 	s.wakeUp()
 }
 
@@ -174,7 +259,8 @@ func (s *stream) end(reason error) {
 	if s.ended == nil {
 		s.ended = reason
 	}
-	s.queue, s.head, s.bytes, s.queued = nil, 0, 0, nil
+	s.queue, s.head, s.bytes, s.queued, s.due = nil, 0, 0, nil, nil
+	s.kinds = [kindCount]int{}
 	s.wakeUp()
 }
 
@@ -192,44 +278,65 @@ func (s *stream) wakeUp() {
 	}
 }
 
-// next waits for the next message. It returns the reason when the stream has ended.
-// One goroutine calls it.
-func (s *stream) next(ctx context.Context) (*fanoutv1.SubscribeResponse, error) {
+// next waits for the next message, or for a query whose result is to be made and
+// sent next. It returns the reason when the stream has ended. One goroutine calls it.
+func (s *stream) next(ctx context.Context) (*fanoutv1.SubscribeResponse, *sub, error) {
 	for {
-		message, err := s.pop()
-		if message != nil || err != nil {
-			return message, err
+		message, due, err := s.pop()
+		if message != nil || due != nil || err != nil {
+			return message, due, err
 		}
 		select {
 		case <-s.wake:
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, nil, ctx.Err()
 		}
 	}
 }
 
-func (s *stream) pop() (*fanoutv1.SubscribeResponse, error) {
+func (s *stream) pop() (*fanoutv1.SubscribeResponse, *sub, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended != nil {
-		return nil, s.ended
+		return nil, nil, s.ended
 	}
-	if s.waiting() == 0 {
-		return nil, nil
+	for len(s.due) > 0 && (s.dueIsNext || s.waiting() == 0) {
+		q := s.due[0]
+		s.due[0] = nil
+		if s.due = s.due[1:]; len(s.due) == 0 {
+			s.due = nil
+		}
+		if q.state == subDue {
+			q.state = subMaking
+			s.dueIsNext = false
+			return nil, q, nil
+		}
 	}
-	it := s.queue[s.head]
-	s.queue[s.head] = item{}
-	if s.head++; s.head == len(s.queue) {
-		s.queue, s.head = s.queue[:0], 0
+	s.dueIsNext = true
+	for s.waiting() > 0 {
+		it := s.queue[s.head]
+		s.queue[s.head] = item{}
+		if s.head++; s.head == len(s.queue) {
+			s.queue, s.head = s.queue[:0], 0
+		}
+		s.bytes -= it.size
+		s.kinds[it.kind]--
+		switch it.kind {
+		case eventKind, gapKind:
+			if q := s.queued[it.mapName]; q.items == 1 {
+				delete(s.queued, it.mapName)
+			} else {
+				q.items--
+				s.queued[it.mapName] = q
+			}
+		case changesKind:
+			if it.epoch != it.sub.epoch {
+				continue
+			}
+		}
+		return it.message, nil, nil
 	}
-	s.bytes -= it.size
-	if q := s.queued[it.mapName]; q.items == 1 {
-		delete(s.queued, it.mapName)
-	} else {
-		q.items--
-		s.queued[it.mapName] = q
-	}
-	return it.message, nil
+	return nil, nil, nil
 }
 
 // depth is what waits.
@@ -241,5 +348,5 @@ func (s *stream) depth() (messages, bytes int) {
 
 func gapItem(mapName string) item {
 	message := &fanoutv1.SubscribeResponse{Message: &fanoutv1.SubscribeResponse_Gap{Gap: &fanoutv1.Gap{Map: mapName}}}
-	return item{mapName: mapName, message: message, gap: true}
+	return item{kind: gapKind, mapName: mapName, message: message}
 }

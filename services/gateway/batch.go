@@ -55,6 +55,7 @@ func (u *unit) fill(results []opResult) (again []int, hint time.Duration) {
 	level, arrival := levelName(u.receipt.Level), arrivalFromProto(u.receipt.Arrival)
 	for n, i := range u.indexes {
 		results[i] = resultFromProto(u.receipt.Receipts[n], level, arrival)
+		results[i].lane, results[i].sequence = u.receipt.Lane, u.receipt.Sequence
 	}
 	return nil, 0
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"strings"
 	"time"
 
@@ -21,6 +22,10 @@ type Config struct {
 	// open it; the address decides whether serving without authentication is safe
 	// enough to be the default.
 	Listen string
+	// PublicURL is the address of the WebSocket as clients write it, ws:// or wss://, for
+	// clients in cluster mode that ask for one; empty means the one that each of them
+	// connected to. Behind a proxy that ends TLS it must be set.
+	PublicURL string
 	// NoAuth serves everybody as anonymous although no key is configured. Without
 	// it, and without a key, only a loopback Listen address is accepted.
 	NoAuth bool
@@ -129,6 +134,9 @@ func (c Config) Validate() error {
 	if err != nil {
 		return errors.New("listen address: want host:port, for example 127.0.0.1:8080")
 	}
+	if err := checkPublicURL(c.PublicURL); err != nil {
+		return err
+	}
 	if !c.NoAuth && !c.Auth.Configured() && !loopbackHost(host) {
 		return errors.New("no token key is configured and the listen address is not loopback: " +
 			"set a JWT secret, public key or JWKS URL, listen on 127.0.0.1, or say no-auth to serve everybody")
@@ -177,6 +185,17 @@ func (c Config) Validate() error {
 	}
 	if c.MaxOps > maxCallOps {
 		return fmt.Errorf("max ops: must be at most %d, the most that one call to an owner carries", maxCallOps)
+	}
+	return nil
+}
+
+func checkPublicURL(text string) error {
+	if text == "" {
+		return nil
+	}
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "ws" && u.Scheme != "wss" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return errors.New("public url: want ws:// or wss:// and a host, for example wss://data.example.com/ws")
 	}
 	return nil
 }

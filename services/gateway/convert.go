@@ -1,6 +1,8 @@
 package gateway
 
 import (
+	"strings"
+
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
 	"github.com/topgun-sync/topgun/core/merkle"
@@ -12,6 +14,49 @@ import (
 // Protobuf ends here: everything beyond this file and route.go, batch.go, read.go
 // and the fanout stream works with the types of core. Values stay the bytes that
 // the client sent.
+
+// mapKind tells the maps apart that may have one name.
+type mapKind uint8
+
+const (
+	kindLWW mapKind = iota
+	kindOR
+	kindCounter
+)
+
+func (k mapKind) proto() typesv1.Kind {
+	switch k {
+	case kindOR:
+		return typesv1.Kind_KIND_OR
+	case kindCounter:
+		return typesv1.Kind_KIND_COUNTER
+	default:
+		return typesv1.Kind_KIND_UNSPECIFIED // what writers leave out means LWW
+	}
+}
+
+// kindFromProto converts the kind of a change; ok is false for kinds that clients are
+// not told of.
+func kindFromProto(k typesv1.Kind) (kind mapKind, ok bool) {
+	switch k {
+	case typesv1.Kind_KIND_UNSPECIFIED, typesv1.Kind_KIND_LWW:
+		return kindLWW, true
+	case typesv1.Kind_KIND_OR:
+		return kindOR, true
+	case typesv1.Kind_KIND_COUNTER:
+		return kindCounter, true
+	default:
+		return 0, false
+	}
+}
+
+// kindOf is the kind of map that an op changes.
+func kindOf(op *wire.Op) mapKind {
+	if op.Kind == wire.OpORAdd || op.Kind == wire.OpORRemove {
+		return kindOR
+	}
+	return kindLWW
+}
 
 // opsToProto converts ops for a call; entries of ops that do not travel are of no
 // use. Three allocations serve the whole batch.
@@ -33,6 +78,8 @@ func opsToProto(ops []wire.Op) []*partitionv1.Op {
 		s.op.Map = op.MapName
 		s.op.Key = []byte(op.Key)
 		s.op.Record = &s.record
+		s.op.Kind = kindOf(op).proto()
+		s.op.Tag = op.Tag
 		protos[i] = &s.op
 	}
 	return protos
@@ -40,7 +87,7 @@ func opsToProto(ops []wire.Op) []*partitionv1.Op {
 
 // opSize is what an op counts in the queue's byte bound.
 func opSize(op *partitionv1.Op) int64 {
-	return int64(len(op.Map) + len(op.Key) + len(op.GetRecord().GetValue()))
+	return int64(len(op.Map) + len(op.Key) + len(op.Tag) + len(op.GetRecord().GetValue()))
 }
 
 func recordFromProto(r *typesv1.Record) lwwmap.Record {
@@ -55,8 +102,14 @@ func recordFromProto(r *typesv1.Record) lwwmap.Record {
 	}
 }
 
-func recordOfChange(c *typesv1.Change) wire.KeyedRecord {
-	return wire.KeyedRecord{Key: string(c.Key), Record: recordFromProto(c.Record)}
+// keyed is the record of a key, or with the kinds that have tags of a tag below it.
+type keyed struct {
+	wire.KeyedRecord
+	tag string
+}
+
+func keyedOf(c *typesv1.Change) keyed {
+	return keyed{wire.KeyedRecord{Key: string(c.Key), Record: recordFromProto(c.Record)}, c.Tag}
 }
 
 // arrivalFromProto converts an arrival; arrivals have no node id.
@@ -107,7 +160,20 @@ func resultFromProto(r *partitionv1.Receipt, level string, arrival hlc.Timestamp
 		result.status = opRestamped
 		result.winner = recordFromProto(r.Winner)
 	default:
-		return opResult{status: opRejected, code: 400, reason: r.Reason}
+		code := 400
+		if strings.HasPrefix(r.Reason, tooOld) {
+			code = codeTooOld
+		}
+		return opResult{status: opRejected, code: code, reason: r.Reason}
 	}
 	return result
 }
+
+// An op that is older than tombstones are kept, on a key or tag that holds nothing, is
+// refused by its owner with a reason that begins so: nobody knows any more whether it
+// was deleted. The client learns it as 410, and must give up its copy of the map
+// (PROTOCOL 22.5).
+const (
+	tooOld     = "TOO_OLD"
+	codeTooOld = 410
+)

@@ -1,13 +1,13 @@
 package gateway
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"fmt"
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,6 +18,7 @@ import (
 	"github.com/topgun-sync/topgun/core/keyspace"
 	"github.com/topgun-sync/topgun/core/lwwmap"
 	"github.com/topgun-sync/topgun/core/merkle"
+	"github.com/topgun-sync/topgun/core/query"
 	fanoutv1 "github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1"
 	"github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1/fanoutv1connect"
 	partitionv1 "github.com/topgun-sync/topgun/gen/go/topgun/partition/v1"
@@ -34,8 +35,12 @@ type fakePartition struct {
 	shards  int
 	history string
 	level   partitionv1.Level
+	lane    string // of the commits
 	now     func() time.Time
 	fanout  *fakeFanout // nil publishes nothing
+
+	retention uint64        // of tombstones, in ms
+	pruned    atomic.Uint64 // in Unix ms
 
 	// refuse says why a shard takes nothing; nil takes everything.
 	refuse func(shard uint32) (partitionv1.Refusal, uint32)
@@ -43,20 +48,29 @@ type fakePartition struct {
 	reject func(*partitionv1.Op) string
 	// before runs ahead of every call, with the method's name; an error is the answer.
 	before func(ctx context.Context, method string) error
+	// after runs when a lock was decided about.
+	after func(method string)
 
 	mu    sync.Mutex
 	maps  map[string]map[string]*typesv1.Change
 	clock typesv1.Arrival
 	seq   map[string]uint64
 	calls map[string]int
-	trace string // of the last ops
+	// commits counts the calls of Apply; the sequence in the log.
+	commits uint64
+	trace   string // of the last ops
+	locks   fakeLocks
 }
 
 func newFakePartition(fanout *fakeFanout) *fakePartition {
-	return &fakePartition{
-		shards: 4, history: "history-1", level: partitionv1.Level_LEVEL_APPLIED, now: time.Now, fanout: fanout,
+	p := &fakePartition{
+		shards: 4, history: "history-1", lane: "lane-1", level: partitionv1.Level_LEVEL_APPLIED, now: time.Now, fanout: fanout,
 		maps: map[string]map[string]*typesv1.Change{}, seq: map[string]uint64{}, calls: map[string]int{},
 	}
+	if fanout != nil {
+		fanout.partition = p
+	}
+	return p
 }
 
 // client returns a generated client of the fake over the in-process transport.
@@ -133,14 +147,31 @@ func (p *fakePartition) merge(shard uint32, op *partitionv1.Op, origin string) (
 			return &partitionv1.Receipt{Outcome: partitionv1.Outcome_OUTCOME_REJECTED, Reason: reason}, nil
 		}
 	}
-	records := p.maps[op.GetMap()]
+	name, id := fakeMap(op.GetKind(), op.GetMap()), fakeID(op.GetKey(), op.GetTag())
+	records := p.maps[name]
 	if records == nil {
 		records = map[string]*typesv1.Change{}
-		p.maps[op.GetMap()] = records
+		p.maps[name] = records
 	}
 	record, outcome := op.GetRecord(), partitionv1.Outcome_OUTCOME_APPLIED
 	var restamped []*typesv1.Timestamp
-	old := records[string(op.GetKey())]
+	old := records[id]
+	if tooOld := p.fence(old, op); tooOld != "" {
+		return &partitionv1.Receipt{Outcome: partitionv1.Outcome_OUTCOME_REJECTED, Reason: tooOld}, nil
+	}
+	if op.GetKind() == typesv1.Kind_KIND_OR && (old.GetRecord() != nil || len(record.GetValue()) == 0) {
+		if receipt := fakeTagged(old, record); receipt != nil {
+			return receipt, nil
+		}
+		old = nil
+	}
+	if op.GetKind() == typesv1.Kind_KIND_COUNTER {
+		var receipt *partitionv1.Receipt
+		if record, receipt = fakeCounted(old, op); receipt != nil {
+			return receipt, nil
+		}
+		old = nil
+	}
 	if limit := uint64(p.now().Add(hlc.MaxDrift).UnixMilli()); record.GetTimestamp().GetMillis() > limit {
 		if old != nil && slices.ContainsFunc(old.GetRestamped(), func(t *typesv1.Timestamp) bool {
 			return t.GetNodeId() == record.GetTimestamp().GetNodeId() && t.GetMillis() >= record.GetTimestamp().GetMillis()
@@ -169,8 +200,9 @@ func (p *fakePartition) merge(shard uint32, op *partitionv1.Op, origin string) (
 	}
 	change := &typesv1.Change{
 		Map: op.GetMap(), Key: op.GetKey(), Record: record, Arrival: p.tick(), Restamped: restamped, Origin: origin,
+		Kind: op.GetKind(), Tag: op.GetTag(),
 	}
-	records[string(op.GetKey())] = change
+	records[id] = change
 	receipt := &partitionv1.Receipt{Outcome: outcome}
 	if outcome == partitionv1.Outcome_OUTCOME_RESTAMPED {
 		receipt.Winner = record
@@ -196,9 +228,10 @@ func (p *fakePartition) Apply(ctx context.Context, req *partitionv1.ApplyRequest
 	res := &partitionv1.ApplyResponse{MapVersion: 1}
 	var events []*fanoutv1.Event
 	p.mu.Lock()
+	p.commits++
 	for _, shard := range req.GetShards() {
 		p.trace = shard.GetTraceParent()
-		receipt := &partitionv1.ShardReceipt{Level: p.level}
+		receipt := &partitionv1.ShardReceipt{Level: p.level, Lane: p.lane, Sequence: p.commits}
 		res.Shards = append(res.Shards, receipt)
 		if p.refuse != nil {
 			if receipt.Refusal, receipt.RetryAfterMillis = p.refuse(shard.GetShard()); receipt.Refusal != 0 {
@@ -234,10 +267,10 @@ func (p *fakePartition) Apply(ctx context.Context, req *partitionv1.ApplyRequest
 
 // selected returns the changes of a map that lie in the given shards, in arrival
 // order; p.mu is held.
-func (p *fakePartition) selected(name string, shards []uint32) []*typesv1.Change {
+func (p *fakePartition) selected(kind typesv1.Kind, name string, shards []uint32) []*typesv1.Change {
 	var out []*typesv1.Change
-	for key, c := range p.maps[name] {
-		if len(shards) == 0 || slices.Contains(shards, uint32(keyspace.ShardOf(key, p.shards))) {
+	for _, c := range p.maps[fakeMap(kind, name)] {
+		if len(shards) == 0 || slices.Contains(shards, uint32(keyspace.ShardOf(string(c.GetKey()), p.shards))) {
 			out = append(out, c)
 		}
 	}
@@ -260,8 +293,14 @@ func (p *fakePartition) Leaves(ctx context.Context, req *partitionv1.LeavesReque
 		combine = merkle.Plain
 	}
 	var leaves merkle.Leaves
-	changes := p.selected(req.GetMap(), req.GetShards())
+	changes := p.selected(req.GetKind(), req.GetMap(), req.GetShards())
+	if req.GetKind() == typesv1.Kind_KIND_OR {
+		leaves = fakeORLeaves(changes, combine)
+	}
 	for _, c := range changes {
+		if req.GetKind() == typesv1.Kind_KIND_OR {
+			break
+		}
 		key := string(c.GetKey())
 		leaves.Add(merkle.Leaf(merkle.Hash(key)), merkle.ItemHash(key, fakeRecord(c.GetRecord()).Timestamp), combine)
 	}
@@ -280,7 +319,7 @@ func (p *fakePartition) Records(ctx context.Context, req *partitionv1.RecordsReq
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	res := &partitionv1.RecordsResponse{}
-	for _, c := range p.selected(req.GetMap(), req.GetShards()) {
+	for _, c := range p.selected(req.GetKind(), req.GetMap(), req.GetShards()) {
 		leaf := uint32(merkle.Leaf(merkle.Hash(string(c.GetKey()))))
 		if leaf >= req.GetFirstLeaf() && leaf <= req.GetLastLeaf() {
 			res.Changes = append(res.Changes, c)
@@ -298,7 +337,7 @@ func (p *fakePartition) Since(ctx context.Context, req *partitionv1.SinceRequest
 	limit, maxBytes := int(cmp.Or(req.GetLimit(), 1000)), int(cmp.Or(req.GetMaxBytes(), 1<<20))
 	res := &partitionv1.SinceResponse{Covered: p.tick()}
 	size := 0
-	for _, c := range p.selected(req.GetMap(), req.GetShards()) {
+	for _, c := range p.selected(req.GetKind(), req.GetMap(), req.GetShards()) {
 		if compareArrivals(c.GetArrival(), req.GetAfter()) <= 0 {
 			continue
 		}
@@ -312,25 +351,37 @@ func (p *fakePartition) Since(ctx context.Context, req *partitionv1.SinceRequest
 	return res, nil
 }
 
-// Query ignores the filter: what a filter means is the partition's affair.
+// Query answers as the real one does, from a scan.
 func (p *fakePartition) Query(ctx context.Context, req *partitionv1.QueryRequest) (*partitionv1.QueryResponse, error) {
 	if err := p.enter(ctx, "Query"); err != nil {
 		return nil, err
 	}
+	q, err := query.Parse(req.GetQuery(), nil)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err.Error())
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	changes := p.selected(req.GetMap(), req.GetShards())
-	slices.SortFunc(changes, func(a, b *typesv1.Change) int { return bytes.Compare(a.GetKey(), b.GetKey()) })
-	res := &partitionv1.QueryResponse{}
-	for _, c := range changes {
-		if len(c.GetRecord().GetValue()) == 0 || bytes.Compare(c.GetKey(), req.GetAfterKey()) <= 0 {
+	top := query.NewTop(q, req.GetAfter(), int(cmp.Or(req.GetLimit(), 1000)), int(cmp.Or(req.GetMaxBytes(), 8<<20)))
+	groups := query.NewGroups(q)
+	for _, c := range p.selected(typesv1.Kind_KIND_LWW, req.GetMap(), req.GetShards()) {
+		key, value := string(c.GetKey()), c.GetRecord().GetValue()
+		if len(value) == 0 || !q.Match(key, value) {
 			continue
 		}
-		if len(res.Rows) == int(cmp.Or(req.GetLimit(), 1000)) {
-			res.More = true
-			break
+		if top.Add(key, value); q.Grouped() {
+			if err := groups.Add(key, value); err != nil {
+				return &partitionv1.QueryResponse{More: true}, nil
+			}
 		}
-		res.Rows = append(res.Rows, &partitionv1.Row{Key: c.GetKey(), Value: c.GetRecord().GetValue()})
+	}
+	res := &partitionv1.QueryResponse{}
+	rows, more := top.Rows()
+	if res.More = more; q.Grouped() && !req.GetUngrouped() {
+		rows, res.More = groups.Partials(), false
+	}
+	for _, row := range rows {
+		res.Rows = append(res.Rows, &partitionv1.Row{Key: []byte(row.Key), Value: row.Value})
 	}
 	return res, nil
 }
@@ -341,6 +392,7 @@ func (p *fakePartition) Describe(ctx context.Context, _ *partitionv1.DescribeReq
 	}
 	res := &partitionv1.DescribeResponse{
 		NodeId: "node-1", Lane: "lane-1", History: p.history, ShardCount: uint32(p.shards), MapVersion: 1, Level: p.level,
+		TombstoneRetentionMillis: p.retention, PrunedBeforeMillis: p.pruned.Load(),
 	}
 	for shard := range p.shards {
 		res.Shards = append(res.Shards, uint32(shard))
@@ -357,12 +409,21 @@ type fakeFanout struct {
 	down    bool
 	opened  int
 	streams map[string]*fakeStream
+
+	partition     *fakePartition // whose rows queries are about
+	watchFails    error          // the answer of the next Watch with queries
+	queryError    string         // the result of every query that is added
+	added         int            // queries, and
+	refreshed     int
+	beforePublish func(context.Context) error // an error is the answer
 }
 
 type fakeStream struct {
-	maps map[string]bool
-	out  chan *fanoutv1.SubscribeResponse
-	cut  chan struct{}
+	maps    map[string]bool
+	queries map[uint64]*fakeQuery
+	topics  map[string]bool
+	out     chan *fanoutv1.SubscribeResponse
+	cut     chan struct{}
 }
 
 func newFakeFanout() *fakeFanout {
@@ -389,7 +450,7 @@ func (f *fakeFanout) Subscribe(ctx context.Context, _ *fanoutv1.SubscribeRequest
 	}
 	f.opened++
 	id := fmt.Sprintf("stream-%d", f.opened)
-	s := &fakeStream{maps: map[string]bool{}, out: make(chan *fanoutv1.SubscribeResponse, 1<<16), cut: make(chan struct{})}
+	s := &fakeStream{maps: map[string]bool{}, queries: map[uint64]*fakeQuery{}, topics: map[string]bool{}, out: make(chan *fanoutv1.SubscribeResponse, 1<<16), cut: make(chan struct{})}
 	f.streams[id] = s
 	f.notify()
 	f.mu.Unlock()
@@ -430,6 +491,11 @@ func (f *fakeFanout) Watch(_ context.Context, req *fanoutv1.WatchRequest) (*fano
 	for _, name := range req.GetRemove() {
 		delete(s.maps, name)
 	}
+	if err := f.watchFails; err != nil && len(req.GetAddQueries()) > 0 {
+		f.watchFails = nil
+		return nil, err
+	}
+	f.watchLive(s, req)
 	f.notify()
 	return &fanoutv1.WatchResponse{}, nil
 }
@@ -446,6 +512,9 @@ func (f *fakeFanout) send(name string, m *fanoutv1.SubscribeResponse) {
 
 // publish delivers an event to every stream that watches its map.
 func (f *fakeFanout) publish(e *fanoutv1.Event) {
+	f.mu.Lock()
+	f.publishQueries(e)
+	f.mu.Unlock()
 	f.send(e.GetMap(), &fanoutv1.SubscribeResponse{Message: &fanoutv1.SubscribeResponse_Event{Event: e}})
 }
 

@@ -14,6 +14,8 @@ import (
 
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
+	"github.com/topgun-sync/topgun/core/msgval"
+	"github.com/topgun-sync/topgun/core/query"
 	"github.com/topgun-sync/topgun/core/wire"
 	partitionv1 "github.com/topgun-sync/topgun/gen/go/topgun/partition/v1"
 )
@@ -445,17 +447,22 @@ func TestSyncQueries(t *testing.T) {
 		t.Errorf("a huge limit: %d rows", len(result.Results))
 	}
 	filter := []byte{0x81, 0xa1, 'a', 1}
-	foreign := []string{
-		"x", "!!!", encodeCursor("k000", "other", nil), encodeCursor("k000", "m", filter),
-		encodeCursor(strings.Repeat("k", maxQueryCursor), "m", nil), "Ag" + encodeCursor("k", "m", nil)[2:],
+	cursor := func(mapName string, where []byte) string {
+		t.Helper()
+		q, err := query.Parse(whereQuery(where), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return q.CursorAt(mapName, query.Row{Key: "k000", Value: text("v")})
 	}
+	foreign := []string{"x", "!!!", cursor("other", nil), cursor("m", filter), strings.Repeat("k", 4000), "Ag" + cursor("m", nil)[2:]}
 	for _, cursor := range foreign {
 		if _, failed := ask(wire.HTTPQuery{Cursor: cursor}); failed == nil || failed.Code != 400 || failed.Context != "q" {
 			t.Errorf("cursor %.20q: %+v", cursor, failed)
 		}
 	}
-	many := []byte{0xde, 0, 65}
-	for i := range 65 {
+	many := []byte{0xde, 1, 1}
+	for i := range 257 {
 		many = append(many, 0xa2, 'a'+byte(i/26), 'a'+byte(i%26), 1)
 	}
 	for name, where := range map[string][]byte{"BAD_QUERY": {0x81, 1, 1}, "QUERY_TOO_COMPLEX": many} {
@@ -468,11 +475,77 @@ func TestSyncQueries(t *testing.T) {
 	}
 }
 
-func TestCursorBindsToTheFilterNotItsEncoding(t *testing.T) {
-	short, long := []byte{0x81, 0xa1, 'a', 1}, []byte{0xde, 0, 1, 0xa1, 'a', 0xcb, 0x3f, 0xf0, 0, 0, 0, 0, 0, 0}
-	if key, ok := decodeCursor(encodeCursor("k", "m", short), "m", long); !ok || key != "k" {
-		t.Errorf("%q, %v", key, ok)
+func whereQuery(where []byte) []byte {
+	if len(where) == 0 {
+		return nil
 	}
+	return append(msgval.AppendString(msgval.AppendMapHeader(nil, 1), "where"), where...)
+}
+
+// What a query has besides a filter is served over HTTP too: predicates, sorting,
+// projection, groups, and pages of each.
+func TestSyncWholeQueries(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	for i := range 40 {
+		value := msgval.AppendMapHeader(nil, 2)
+		value = msgval.AppendUint(msgval.AppendString(value, "age"), uint64(i%20))
+		value = msgval.AppendString(msgval.AppendString(value, "team"), string(rune('a'+i%3)))
+		g.partition.put("m", fmt.Sprintf("k%02d", i), value, stampNow("w"))
+	}
+	run := func(text string, limit uint64) (rows []wire.KeyValue, pages int) {
+		t.Helper()
+		body, err := msgval.FromJSON([]byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for cursor := ""; ; {
+			q := wire.HTTPQuery{QueryID: "q", MapName: "m", Query: withPage(body, limit, cursor)}
+			response := g.sync(&wire.SyncRequest{Queries: []wire.HTTPQuery{q}})
+			if len(response.Errors) > 0 {
+				t.Fatal(response.Errors)
+			}
+			result := response.QueryResults[0]
+			pages++
+			rows = append(rows, result.Results...)
+			if !result.HasMore {
+				return rows, pages
+			}
+			cursor = result.NextCursor
+		}
+	}
+	rows, pages := run(`{"predicate":{"op":"gte","attribute":"age","value":10},"sort":[{"field":"age","direction":"desc"}],"fields":["age"]}`, 6)
+	if len(rows) != 20 || pages != 4 {
+		t.Fatalf("%d rows in %d pages", len(rows), pages)
+	}
+	if first, want := string(rows[0].Value), "\x81\xa3age\x13"; rows[0].Key != "k19" || rows[1].Key != "k39" || first != want {
+		t.Errorf("first %s %q, then %s", rows[0].Key, first, rows[1].Key)
+	}
+	rows, pages = run(`{"groupBy":["team"],"aggregations":[{"func":"count"}],"sort":[{"field":"__count","direction":"desc"}]}`, 2)
+	if len(rows) != 3 || pages != 2 || !strings.Contains(string(rows[0].Value), "__count\x0e") {
+		t.Errorf("%d groups in %d pages: %q", len(rows), pages, rows)
+	}
+	response := g.sync(&wire.SyncRequest{Queries: []wire.HTTPQuery{
+		{QueryID: "q", MapName: "m", Query: append(msgval.AppendString(msgval.AppendMapHeader(nil, 1), "predicate"), 0x81, 0xa2, 'o', 'p', 0xa1, '?')},
+	}})
+	if len(response.Errors) != 1 || response.Errors[0].Code != 400 || response.Errors[0].Context != "q" {
+		t.Errorf("an unknown operator: %+v", response.Errors)
+	}
+}
+
+// withPage adds limit and cursor to a query.
+func withPage(body []byte, limit uint64, cursor string) []byte {
+	n := 1
+	if cursor != "" {
+		n = 2
+	}
+	head, _ := msgval.ReadHead(body)
+	q := msgval.AppendMapHeader(nil, int(head.N)+n)
+	q = append(q, body[head.Size:]...)
+	q = msgval.AppendUint(msgval.AppendString(q, "limit"), limit)
+	if cursor != "" {
+		q = msgval.AppendString(msgval.AppendString(q, "cursor"), cursor)
+	}
+	return q
 }
 
 func TestSyncErrorsPerItem(t *testing.T) {

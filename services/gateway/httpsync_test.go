@@ -27,10 +27,11 @@ const testSecret = "a-secret-of-more-than-thirty-two-bytes"
 // httpGateway is a running gateway with its client port on a real socket.
 type httpGateway struct {
 	*httptest.Server
-	t         *testing.T
-	service   *Service
-	partition *fakePartition
-	stop      func() // ends Run and waits for it
+	t           *testing.T
+	service     *Service
+	partition   *fakePartition
+	persistence *fakePersistence
+	stop        func() // ends Run and waits for it
 }
 
 // startGateway runs a gateway over fakes; prepare changes them before anything runs.
@@ -38,6 +39,7 @@ func startGateway(t *testing.T, change func(*Config), prepare func(*fakePartitio
 	t.Helper()
 	fanout := newFakeFanout()
 	partition := newFakePartition(fanout)
+	persistence := newFakePersistence()
 	if prepare != nil {
 		prepare(partition)
 	}
@@ -47,7 +49,7 @@ func startGateway(t *testing.T, change func(*Config), prepare func(*fakePartitio
 	if change != nil {
 		change(&cfg)
 	}
-	service, err := New(cfg, Deps{Partition: partition.client(), Fanout: fanout.client()})
+	service, err := New(cfg, Deps{Partition: partition.client(), Fanout: fanout.client(), Persistence: persistence.client()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +60,7 @@ func startGateway(t *testing.T, change func(*Config), prepare func(*fakePartitio
 			t.Errorf("Run: %v", err)
 		}
 	})
-	g := &httpGateway{Server: httptest.NewServer(service.Handler()), t: t, service: service, partition: partition}
+	g := &httpGateway{Server: httptest.NewServer(service.Handler()), t: t, service: service, partition: partition, persistence: persistence}
 	g.stop = func() { cancel(); wg.Wait() }
 	t.Cleanup(func() { g.stop(); g.Close() })
 	return g

@@ -6,11 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/gobwas/ws"
-
-	"github.com/topgun-sync/topgun/core/hlc"
-	"github.com/topgun-sync/topgun/core/lwwmap"
-	"github.com/topgun-sync/topgun/core/wire"
 	"github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1/fanoutv1connect"
 )
 
@@ -44,24 +39,27 @@ type hub struct {
 	now       func() time.Time
 	kick      chan struct{} // something is to be watched, or no more
 	healing   chan struct{} // something is in heals
+	queries   *queries
+	topics    *topics
 
 	mu     sync.Mutex
-	topics map[string]*topic
+	maps   map[string]*watched
 	stream string // names the open stream; empty while there is none
-	idle   bool   // some topic has no sessions
+	idle   bool   // some map has no sessions
 	heals  []heal
-	chunk  []byte // scratch of deliver
+	probed map[string]struct{} // maps that some session probes
+	chunk  []byte              // scratch of deliver
 }
 
-// topic is one map that sessions look at.
-type topic struct {
+// watched is one name that sessions look at: a map, or "+" and the name of a counter.
+type watched struct {
 	name     string
-	sessions map[*session]struct{}
-	// watched: the stream delivers every change from here on. Else changed is closed
+	sessions map[*session]kinds // and what of it each of them looks at
+	// live: the stream delivers every change from here on. Else changed is closed
 	// when that may have become true, or the stream is lost.
-	watched bool
+	live    bool
 	changed chan struct{}
-	// missed: changes may have been missed while it was not watched.
+	// missed: changes may have been missed while it was not live.
 	missed bool
 }
 
@@ -72,15 +70,18 @@ type heal struct {
 }
 
 func newHub(gatewayID string, fanout fanoutv1connect.FanoutServiceClient, log *slog.Logger, now func() time.Time) *hub {
-	return &hub{
+	h := &hub{
 		gatewayID: gatewayID,
 		fanout:    fanout,
 		log:       log,
 		now:       now,
 		kick:      make(chan struct{}, 1),
 		healing:   make(chan struct{}, 1),
-		topics:    make(map[string]*topic),
+		maps:      make(map[string]*watched),
 	}
+	h.queries = newQueries(func() { notify(h.kick) })
+	h.topics = newTopics(func() { notify(h.kick) })
+	return h
 }
 
 // run keeps the stream and heals until ctx ends, and returns when all ended.
@@ -102,11 +103,11 @@ func (h *hub) ready() error {
 	return nil
 }
 
-// maps returns how many maps some session looks at.
-func (h *hub) maps() (n int) {
+// watchedMaps returns how many maps some session looks at.
+func (h *hub) watchedMaps() (n int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, t := range h.topics {
+	for _, t := range h.maps {
 		if len(t.sessions) > 0 {
 			n++
 		}
@@ -114,22 +115,23 @@ func (h *hub) maps() (n int) {
 	return n
 }
 
-// join makes a session see the changes of a map. When it has returned nil, every
-// change that is logged from then on reaches the session, or a fresh root does.
-func (h *hub) join(ctx context.Context, s *session, name string) error {
+// join makes a session see the changes of the given kinds of a name. When it has
+// returned nil, every change that is logged from then on reaches the session, or a fresh
+// root does.
+func (h *hub) join(ctx context.Context, s *session, name string, of kinds) error {
 	h.mu.Lock()
 	if s.left {
 		h.mu.Unlock()
 		return context.Canceled
 	}
-	t := h.topics[name]
+	t := h.maps[name]
 	if t == nil {
-		t = &topic{name: name, sessions: make(map[*session]struct{}), changed: make(chan struct{})}
-		h.topics[name] = t
+		t = &watched{name: name, sessions: make(map[*session]kinds), changed: make(chan struct{})}
+		h.maps[name] = t
 	}
-	t.sessions[s] = struct{}{}
+	t.sessions[s] |= of
 	for {
-		if t.watched {
+		if t.live {
 			h.mu.Unlock()
 			return nil
 		}
@@ -163,8 +165,14 @@ func notify(c chan struct{}) {
 // leave forgets a session that has ended.
 func (h *hub) leave(s *session) {
 	s.mu.Lock()
-	names := make([]string, 0, len(s.maps))
+	names := make([]string, 0, len(s.maps)+len(s.counters))
 	for name := range s.maps {
+		names = append(names, name)
+	}
+	for name := range s.counters {
+		names = append(names, counterMap(name))
+	}
+	for name := range s.probes {
 		names = append(names, name)
 	}
 	s.mu.Unlock()
@@ -172,11 +180,19 @@ func (h *hub) leave(s *session) {
 	defer h.mu.Unlock()
 	s.left = true
 	for _, name := range names {
-		if t := h.topics[name]; t != nil {
+		if t := h.maps[name]; t != nil {
 			delete(t.sessions, s)
 			h.idle = h.idle || len(t.sessions) == 0
 		}
 	}
+}
+
+// steady reports whether every change of a name reaches the sessions that joined.
+func (h *hub) steady(name string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	t := h.maps[name]
+	return t != nil && t.live && !t.missed
 }
 
 // tidy has maps that nobody looks at any more watched no longer. The sweeper calls
@@ -203,11 +219,11 @@ func (h *hub) lost() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.stream = ""
-	for name, t := range h.topics {
+	for name, t := range h.maps {
 		if len(t.sessions) == 0 {
-			delete(h.topics, name)
+			delete(h.maps, name)
 		}
-		t.watched = false
+		t.live = false
 		t.missed = true
 		t.wake()
 	}
@@ -215,7 +231,7 @@ func (h *hub) lost() {
 }
 
 // wake wakes who waits in join; hub.mu is held.
-func (t *topic) wake() {
+func (t *watched) wake() {
 	close(t.changed)
 	t.changed = make(chan struct{})
 }
@@ -224,17 +240,17 @@ func (t *topic) wake() {
 func (h *hub) wanted() (stream string, add, remove []string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for name, t := range h.topics {
+	for name, t := range h.maps {
 		switch {
-		case len(t.sessions) > 0 && !t.watched:
+		case len(t.sessions) > 0 && !t.live:
 			add = append(add, name)
 		case len(t.sessions) == 0:
 			// Forgotten at once: a session that joins before fanout has heard of it
 			// makes a new topic, which is added after this removal.
-			if t.watched {
+			if t.live {
 				remove = append(remove, name)
 			}
-			delete(h.topics, name)
+			delete(h.maps, name)
 		}
 	}
 	h.idle = false
@@ -250,11 +266,11 @@ func (h *hub) watching(stream string, names []string) {
 		return // lost meanwhile, and added again on the next one
 	}
 	for _, name := range names {
-		t := h.topics[name]
+		t := h.maps[name]
 		if t == nil {
 			continue // every session left meanwhile
 		}
-		t.watched = true
+		t.live = true
 		t.wake()
 		if t.missed {
 			t.missed = false
@@ -267,12 +283,12 @@ func (h *hub) watching(stream string, names []string) {
 func (h *hub) gap(name string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if t := h.topics[name]; t != nil {
+	if t := h.maps[name]; t != nil {
 		h.healLocked(t)
 	}
 }
 
-func (h *hub) healLocked(t *topic) {
+func (h *hub) healLocked(t *watched) {
 	for s := range t.sessions {
 		h.heals = append(h.heals, heal{s, t.name})
 	}
@@ -309,92 +325,5 @@ func (h *hub) heal(ctx context.Context) {
 				return
 			}
 		}
-	}
-}
-
-// eventOverhead is about what an event's frame takes beside the name, key and value.
-const eventOverhead = 224
-
-// change is one change of a map, as the fanout stream brings it.
-type change struct {
-	key     string
-	record  lwwmap.Record
-	arrival hlc.Timestamp
-	origin  string
-}
-
-// deliver hands the changes of one commit to the sessions of their map. Each is
-// encoded once, as a finished frame, and all of them lie in one piece of memory that
-// the sessions share. A session does not get its own changes, so it gets the runs of
-// frames between them. Nothing here waits for a session.
-func (h *hub) deliver(name string, changes []change) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	t := h.topics[name]
-	if t == nil || len(t.sessions) == 0 || len(changes) == 0 {
-		return
-	}
-	size := 0
-	for i := range changes {
-		size += eventOverhead + len(name) + len(changes[i].key) + len(changes[i].record.Value)
-	}
-	chunk := make([]byte, 0, size)
-	ends := make([]int, len(changes))
-	origins := make(map[string]struct{}, 1)
-	for i := range changes {
-		c := &changes[i]
-		event := wire.ServerEvent{
-			Event:     wire.Event{MapName: name, EventType: wire.OpPut, Key: c.key, Record: c.record, HasRecord: true},
-			Timestamp: c.arrival,
-		}
-		event.Timestamp.NodeID = serverNode
-		if c.record.Deleted() {
-			event.EventType = wire.OpRemove
-		}
-		h.chunk = event.AppendTo(h.chunk[:0])
-		chunk = appendFrame(chunk, ws.OpBinary, h.chunk)
-		ends[i] = len(chunk)
-		if c.origin != "" {
-			origins[c.origin] = struct{}{}
-		}
-	}
-	if cap(h.chunk) > keepEncodeBuffer {
-		h.chunk = nil
-	}
-	// Writers start after everything is queued, so that one write takes all of it.
-	var woken []*session
-	for s := range t.sessions {
-		s.mu.Lock()
-		wake := false
-		if _, own := origins[s.origin]; !own {
-			wake = s.deliverLocked(t, chunk)
-		} else {
-			for first := 0; first < len(changes); {
-				if changes[first].origin == s.origin {
-					first++
-					continue
-				}
-				last := first
-				for last < len(changes) && changes[last].origin != s.origin {
-					last++
-				}
-				begin := 0
-				if first > 0 {
-					begin = ends[first-1]
-				}
-				wake = s.deliverLocked(t, chunk[begin:ends[last-1]:ends[last-1]]) || wake
-				first = last
-			}
-		}
-		s.mu.Unlock()
-		if wake {
-			woken = append(woken, s)
-			s.k.meters.delivered(len(changes))
-		}
-	}
-	for _, s := range woken {
-		s.mu.Lock()
-		s.startWriterLocked()
-		s.mu.Unlock()
 	}
 }

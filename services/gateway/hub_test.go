@@ -102,7 +102,7 @@ func TestUnwatch(t *testing.T) {
 	p := b.hello(t)
 	p.synced("m", 0)
 	b.fanout.await(t, "m", true)
-	if n := b.service.sockets.hub.maps(); n != 1 {
+	if n := b.service.sockets.hub.watchedMaps(); n != 1 {
 		t.Errorf("%d maps", n)
 	}
 	_ = p.conn.Close()
@@ -200,9 +200,9 @@ func TestConcerns(t *testing.T) {
 		if h.concerns(c.event) {
 			t.Errorf("%s: an event of a map that nobody looks at concerns somebody", name)
 		}
-		h.topics["m"] = &topic{name: "m", sessions: make(map[*session]struct{})}
+		h.maps["m"] = &watched{name: "m", sessions: make(map[*session]kinds)}
 		for _, s := range c.sessions {
-			h.topics["m"].sessions[s] = struct{}{}
+			h.maps["m"].sessions[s] = setOf(kindLWW)
 		}
 		if got := h.concerns(c.event); got != c.want {
 			t.Errorf("%s: concerns = %t", name, got)

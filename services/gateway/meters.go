@@ -20,6 +20,11 @@ const (
 	inSync
 	inBucket
 	inOps
+	inCounter
+	inLock
+	inQuery
+	inTopic
+	inJournal
 	inOther
 	inBad
 	inControl
@@ -35,15 +40,19 @@ const (
 	outRoot
 	outBuckets
 	outLeaf
+	outResult
+	outUpdate
+	outTopic
+	outJournal
 	outError
 	outOther
 	outTypes
 )
 
 var (
-	inNames  = [inTypes]string{"auth", "ping", "sync_init", "bucket_request", "ops", "other", "bad", "control"}
+	inNames  = [inTypes]string{"auth", "ping", "sync_init", "bucket_request", "ops", "counter", "lock", "query", "topic", "journal", "other", "bad", "control"}
 	outNames = [outTypes]string{
-		"auth", "pong", "ack", "rejected", "event", "root", "buckets", "leaf", "error", "other",
+		"auth", "pong", "ack", "rejected", "event", "root", "buckets", "leaf", "result", "update", "topic", "journal", "error", "other",
 	}
 )
 
@@ -108,6 +117,7 @@ func (m *meters) received(kind int) { m.in[kind].Add(1) }
 func (m *meters) dropped(n int)     { m.drops.Add(int64(n)) }
 func (m *meters) sentType(kind int) { m.out[kind].Add(1) }
 func (m *meters) delivered(n int)   { m.out[outEvent].Add(int64(n)) }
+func (m *meters) updated(n int)     { m.out[outUpdate].Add(int64(n)) }
 
 func (m *meters) acked(took time.Duration) {
 	m.ackTime.Record(context.Background(), took.Seconds(), m.ackLabels)
@@ -127,10 +137,14 @@ func (m *meters) sent(message wire.Message) {
 		kind = outRejected
 	case *wire.ServerEvent:
 		kind = outEvent
-	case *wire.SyncRespRoot:
+	case *wire.SyncRespRoot, *wire.ORMapSyncRespRoot:
 		kind = outRoot
-	case *wire.SyncRespBuckets:
+	case *wire.SyncRespBuckets, *wire.ORMapSyncRespBuckets:
 		kind = outBuckets
+	case *wire.QueryResp:
+		kind = outResult
+	case *wire.JournalReadResponse, *wire.JournalEvent:
+		kind = outJournal
 	case *wire.ErrorMessage:
 		kind = outError
 	}

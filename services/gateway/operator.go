@@ -23,7 +23,7 @@ func (o operator) Describe(context.Context, *gatewayv1.DescribeRequest) (*gatewa
 	return &gatewayv1.DescribeResponse{
 		GatewayId: o.s.cfg.GatewayID,
 		Sessions:  uint32(sessions),
-		Maps:      uint32(o.s.sockets.hub.maps()),
+		Maps:      uint32(o.s.sockets.hub.watchedMaps()),
 		Draining:  draining || o.s.draining.Load(),
 	}, nil
 }

@@ -38,13 +38,27 @@ type opLine struct {
 	running int
 	waiting []*opBatch
 	bytes   int
-	// tail is closed when every batch so far is answered; nil if none is unanswered.
-	tail chan struct{}
+	// tail is closed when every batch so far was carried to the owners, and answered when
+	// it is acked; nil if there is no such batch.
+	tail, answered chan struct{}
 	// runningOps are the ops of the running batches.
 	runningOps int
 	// skipped says that a batch was refused whole, so that its ids are not known: no
 	// lastId may cover them, and acks list their ops from then on (ACK-05).
 	skipped bool
+	// pressed: the reading goroutine waits for room, or the session is to end. Then
+	// batches do not wait for the store, and those that do are hurried.
+	pressed bool
+	hurry   chan struct{} // closed to end waits for the store; nil while there is none
+}
+
+// pressLocked ends waits for the store.
+func (l *opLine) pressLocked() {
+	l.pressed = true
+	if l.hurry != nil {
+		close(l.hurry)
+		l.hurry = nil
+	}
 }
 
 // mayRunLocked reports whether a batch may go to the router beside those that run.
@@ -61,6 +75,9 @@ type opBatch struct {
 	size     int   // of its frame, which the ops point into
 	held     int64 // of the inbound budget
 	received time.Time
+	timeout  time.Duration // of the write concern
+	before   chan struct{} // closed when every earlier batch was carried; nil if all were
+	carried  chan struct{} // closed when this one was too
 	prev     chan struct{} // closed when every earlier batch is answered; nil if all are
 	done     chan struct{} // closed when this one is
 }
@@ -75,19 +92,23 @@ func (s *session) submit(m *wire.OpBatch, size int, held int64) error {
 		m.Ops[i].WriteConcern = cmp.Or(m.Ops[i].WriteConcern, m.WriteConcern)
 	}
 	b := &opBatch{
-		ops: m.Ops, size: size, held: held, received: time.Unix(0, s.reader.seen.Load()), done: make(chan struct{}),
+		ops: m.Ops, size: size, held: held, received: time.Unix(0, s.reader.seen.Load()),
+		timeout: concernTimeout(m.TimeoutMillis), carried: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.closing == nil && (len(s.ops.waiting) >= maxWaitingBatches ||
 		(s.ops.bytes > 0 && s.ops.bytes+size > s.k.cfg.MaxMessageBytes)) {
+		s.ops.pressLocked() // else a PING behind the batch could wait for a minute
 		s.room.Wait()
 	}
+	s.ops.pressed = s.leaving
 	if s.closing != nil || s.leaving {
 		s.k.inbound.give(held)
 		return nil // the client sends it again over its next connection
 	}
-	b.prev, s.ops.tail = s.ops.tail, b.done
+	b.prev, s.ops.answered = s.ops.answered, b.done
+	b.before, s.ops.tail = s.ops.tail, b.carried
 	s.ops.bytes += size
 	if len(s.ops.waiting) == 0 && s.mayRunLocked(b) {
 		s.startBatchLocked(b)
@@ -117,6 +138,13 @@ func (s *session) apply(b *opBatch) {
 		trace.WithSpanKind(trace.SpanKindServer), trace.WithAttributes(attribute.Int("topgun.ops", len(b.ops))))
 	results := s.k.router.Apply(ctx, s.origin, traceParent(ctx), b.ops)
 	cancel()
+	if b.before != nil {
+		<-b.before // its batch has a deadline of its own
+	}
+	s.mu.Lock()
+	s.carriedLocked(b)
+	s.mu.Unlock()
+	s.settle(b, results)
 	if b.prev != nil {
 		<-b.prev // its batch has a deadline of its own
 	}
@@ -133,14 +161,30 @@ func (s *session) apply(b *opBatch) {
 		s.beginClose(closeRestart)
 	}
 	if answered {
-		last := ""
-		for i := range b.ops {
-			if op := &b.ops[i]; op.Err == nil && op.MapName != last {
-				last = op.MapName
-				s.interested(last)
-			}
-		}
+		s.wroteTo(b.ops, results)
 	}
+}
+
+// settle waits for the store as far as ops of the batch ask for it: no longer than the
+// batch's timeout from its arrival, or than its acks have a reader, and not while the
+// session's line is full.
+func (s *session) settle(b *opBatch, results []opResult) {
+	if !slices.ContainsFunc(b.ops, func(op wire.Op) bool { return op.WriteConcern == levelPersisted }) {
+		return
+	}
+	s.mu.Lock()
+	if s.ops.pressed || s.leaving {
+		s.mu.Unlock()
+		return
+	}
+	if s.ops.hurry == nil {
+		s.ops.hurry = make(chan struct{})
+	}
+	hurry := s.ops.hurry
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(s.ctx, b.timeout-s.k.now().Sub(b.received))
+	defer cancel()
+	s.k.concerns.settle(ctx, hurry, b.ops, results)
 }
 
 // finishLocked ends a batch that was started, and starts the next one. Once the session
@@ -168,10 +212,24 @@ func (s *session) finishLocked(b *opBatch) {
 func (s *session) endLocked(b *opBatch) {
 	s.ops.bytes -= b.size
 	s.k.inbound.give(b.held)
-	if s.ops.tail == b.done {
-		s.ops.tail = nil
+	s.carriedLocked(b)
+	if s.ops.answered == b.done {
+		s.ops.answered = nil
 	}
 	close(b.done)
+}
+
+// carriedLocked notes that a batch, and every earlier one, was carried to the owners, or
+// never will be.
+func (s *session) carriedLocked(b *opBatch) {
+	if b.carried == nil {
+		return
+	}
+	if s.ops.tail == b.carried {
+		s.ops.tail = nil
+	}
+	close(b.carried)
+	b.carried = nil
 }
 
 // answer sends what a batch's results call for, and reports whether the batch is done
@@ -187,8 +245,9 @@ func (s *session) endLocked(b *opBatch) {
 // them is acked, then the client is told to connect again, which makes it send the
 // rest again; it would not do so by itself.
 //
-// The level that was reached is known with the receipts, and no higher one is waited
-// for: a client that asked for more is told which it got (ACK-03).
+// The level that was reached is known with the receipts, and from the store for ops that
+// ask for PERSISTED; a client that asked for more is told which it got (ACK-03). What is
+// applied and did not get there in time is covered: sending it again would not help.
 func (s *session) answer(b *opBatch, results []opResult) bool {
 	done := slices.IndexFunc(results, func(r opResult) bool { return r.status == opUnavailable })
 	if done < 0 {
@@ -261,6 +320,7 @@ func (s *session) acknowledge(ops []wire.Op, results []opResult) bool {
 			perOp = true
 			ack.LastID = "0" // any text would make the client drop everything (PROTOCOL 10.4)
 		}
+		perOp = perOp || levelRank(op.WriteConcern) > levelRank(levelApplied) // who asks for much wants to know
 		switch r.status {
 		case opRejected:
 			if !s.sendReply(&wire.OpRejected{OpID: op.ID, Reason: r.reason, Code: r.code}) {
@@ -305,13 +365,28 @@ func resultOf(op *wire.Op, r *opResult) wire.OpResult {
 	return result
 }
 
-// winnerEvent tells a writer what its key holds instead of what it wrote.
+// winnerEvent tells a writer what its key, or tag, holds instead of what it wrote.
 func winnerEvent(op *wire.Op, r *opResult) *wire.ServerEvent {
-	event := &wire.ServerEvent{Event: wire.Event{
-		MapName: op.MapName, EventType: wire.OpPut, Key: op.Key, Record: r.winner, HasRecord: true,
-	}}
-	if r.winner.Deleted() {
-		event.EventType = wire.OpRemove
+	c := change{of: kindOf(op), key: op.Key, tag: op.Tag, record: r.winner}
+	return &wire.ServerEvent{Event: c.event(op.MapName)}
+}
+
+// wroteTo notes that answered ops showed interest in maps, and has the client give up its
+// copy of those whose deletions are forgotten: an op was too old, so its copy is too.
+func (s *session) wroteTo(ops []wire.Op, results []opResult) {
+	last, lastOf := "", kindLWW
+	for i := range ops {
+		op := &ops[i]
+		if op.Err != nil {
+			continue
+		}
+		of := kindOf(op)
+		if op.MapName != last || of != lastOf {
+			last, lastOf = op.MapName, of
+			s.wrote(last, of)
+		}
+		if results[i].code == codeTooOld {
+			s.resetOnce(op.MapName, of)
+		}
 	}
-	return event
 }

@@ -31,14 +31,15 @@ const patience = 30 * time.Second
 
 // bench is a running gateway with fakes around it.
 type bench struct {
-	service   *Service
-	partition *fakePartition
-	fanout    *fakeFanout
-	url       string // of the WebSocket
-	stop      func() // stops the service and waits for it
-	log       *logBuffer
-	metrics   *sdkmetric.ManualReader
-	spans     *tracetest.SpanRecorder
+	service     *Service
+	partition   *fakePartition
+	fanout      *fakeFanout
+	persistence *fakePersistence
+	url         string // of the WebSocket
+	stop        func() // stops the service and waits for it
+	log         *logBuffer
+	metrics     *sdkmetric.ManualReader
+	spans       *tracetest.SpanRecorder
 }
 
 // logBuffer collects log lines.
@@ -69,16 +70,17 @@ func setup(t testing.TB, change func(*Config), prepare func(*bench)) *bench {
 	if change != nil {
 		change(&cfg)
 	}
-	b := &bench{fanout: newFakeFanout(), log: &logBuffer{}}
+	b := &bench{fanout: newFakeFanout(), persistence: newFakePersistence(), log: &logBuffer{}}
 	b.partition = newFakePartition(b.fanout)
 	b.metrics = sdkmetric.NewManualReader()
 	b.spans = tracetest.NewSpanRecorder()
 	service, err := New(cfg, Deps{
-		Partition: b.partition.client(),
-		Fanout:    b.fanout.client(),
-		Logger:    slog.New(slog.NewTextHandler(b.log, nil)),
-		Meter:     sdkmetric.NewMeterProvider(sdkmetric.WithReader(b.metrics)).Meter("test"),
-		Tracer:    sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(b.spans)).Tracer("test"),
+		Partition:   b.partition.client(),
+		Fanout:      b.fanout.client(),
+		Persistence: b.persistence.client(),
+		Logger:      slog.New(slog.NewTextHandler(b.log, nil)),
+		Meter:       sdkmetric.NewMeterProvider(sdkmetric.WithReader(b.metrics)).Meter("test"),
+		Tracer:      sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(b.spans)).Tracer("test"),
 	})
 	if err != nil {
 		t.Fatalf("New: %v", err)
@@ -127,6 +129,9 @@ type wsClient struct {
 	t    testing.TB
 	conn net.Conn
 	r    io.Reader
+
+	inner   []wire.Message // of a BATCH, not read yet
+	batches int            // that came
 }
 
 func (b *bench) dial(t testing.TB) *wsClient {
@@ -191,9 +196,14 @@ func (p *wsClient) frame() (ws.Header, []byte, error) {
 	return h, payload, err
 }
 
-// recv reads the next message.
+// recv reads the next message, also one within a BATCH.
 func (p *wsClient) recv() wire.Message {
 	p.t.Helper()
+	if len(p.inner) > 0 {
+		m := p.inner[0]
+		p.inner = p.inner[1:]
+		return m
+	}
 	h, payload, err := p.frame()
 	if err != nil {
 		p.t.Fatalf("read: %v", err)
@@ -205,6 +215,33 @@ func (p *wsClient) recv() wire.Message {
 	m, err := wire.DecodeServer(payload)
 	if err != nil {
 		p.t.Fatalf("decode %x: %v", payload, err)
+	}
+	if batch, ok := m.(*wire.Batch); ok {
+		p.batches++
+		p.inner = batch.Messages
+		return p.recv()
+	}
+	return m
+}
+
+// tryRecv reads the next message, or nil when the connection has ended.
+func (p *wsClient) tryRecv() wire.Message {
+	if len(p.inner) > 0 {
+		m := p.inner[0]
+		p.inner = p.inner[1:]
+		return m
+	}
+	h, payload, err := p.frame()
+	if err != nil || h.OpCode != ws.OpBinary {
+		return nil
+	}
+	m, err := wire.DecodeServer(payload)
+	if batch, ok := m.(*wire.Batch); ok && err == nil {
+		p.inner = batch.Messages
+		return p.tryRecv()
+	}
+	if err != nil {
+		return nil
 	}
 	return m
 }
@@ -224,6 +261,7 @@ func expect[M wire.Message](p *wsClient) M {
 // code and the messages before it.
 func (p *wsClient) closed() (code ws.StatusCode, before []wire.Message) {
 	p.t.Helper()
+	before = append(before, p.inner...)
 	for {
 		h, payload, err := p.frame()
 		if err != nil {
@@ -236,6 +274,10 @@ func (p *wsClient) closed() (code ws.StatusCode, before []wire.Message) {
 		m, err := wire.DecodeServer(payload)
 		if err != nil {
 			p.t.Fatalf("decode: %v", err)
+		}
+		if batch, ok := m.(*wire.Batch); ok {
+			before = append(before, batch.Messages...)
+			continue
 		}
 		before = append(before, m)
 	}

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -12,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/topgun-sync/topgun/core/hlc"
+	"github.com/topgun-sync/topgun/core/keyspace"
 	"github.com/topgun-sync/topgun/core/merkle"
 	"github.com/topgun-sync/topgun/core/query"
 	"github.com/topgun-sync/topgun/core/wire"
@@ -20,13 +20,10 @@ import (
 	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 )
 
-// errBadQuery says that a filter can never be evaluated, however often it is sent.
-var errBadQuery = errors.New("query refused")
-
 // Leaves returns the Merkle leaves of a map, summed over all owners.
-func (r *router) Leaves(ctx context.Context, mapName string, c merkle.Combine) (*mapState, error) {
+func (r *router) Leaves(ctx context.Context, of mapKind, mapName string, c merkle.Combine) (*mapState, error) {
 	answers, err := fanOut(ctx, r, func(ctx context.Context, client partitionv1connect.PartitionServiceClient, shards []uint32) (*partitionv1.LeavesResponse, error) {
-		answer, err := client.Leaves(ctx, &partitionv1.LeavesRequest{Map: mapName, Shards: shards, Combine: combineToProto(c)})
+		answer, err := client.Leaves(ctx, &partitionv1.LeavesRequest{Map: mapName, Shards: shards, Combine: combineToProto(c), Kind: of.proto()})
 		if err == nil && !goodLeaves(answer) {
 			return nil, errors.New("owner answered leaves and hashes that do not fit")
 		}
@@ -60,10 +57,10 @@ func goodLeaves(a *partitionv1.LeavesResponse) bool {
 
 // Records returns the records of a map below the leaves firstLeaf to lastLeaf, both
 // included, tombstones included, in no order.
-func (r *router) Records(ctx context.Context, mapName string, firstLeaf, lastLeaf int) ([]wire.KeyedRecord, error) {
+func (r *router) Records(ctx context.Context, of mapKind, mapName string, firstLeaf, lastLeaf int) ([]keyed, error) {
 	answers, err := fanOut(ctx, r, func(ctx context.Context, client partitionv1connect.PartitionServiceClient, shards []uint32) (*partitionv1.RecordsResponse, error) {
 		return client.Records(ctx, &partitionv1.RecordsRequest{
-			Map: mapName, Shards: shards, FirstLeaf: uint32(firstLeaf), LastLeaf: uint32(lastLeaf),
+			Map: mapName, Shards: shards, FirstLeaf: uint32(firstLeaf), LastLeaf: uint32(lastLeaf), Kind: of.proto(),
 		})
 	})
 	if err != nil {
@@ -73,23 +70,55 @@ func (r *router) Records(ctx context.Context, mapName string, firstLeaf, lastLea
 	for _, a := range answers {
 		n += len(a.Changes)
 	}
-	records := make([]wire.KeyedRecord, 0, n)
+	records := make([]keyed, 0, n)
 	for _, a := range answers {
 		for _, change := range a.Changes {
-			records = append(records, recordOfChange(change))
+			records = append(records, keyedOf(change))
 		}
 	}
 	return records, nil
+}
+
+// getKeys is the most keys of one Get to an owner.
+const getKeys = 256
+
+// Get returns all that keys hold, tombstones included, in no order.
+func (r *router) Get(ctx context.Context, of mapKind, mapName string, keys []string) ([]keyed, error) {
+	var found []keyed
+	for page := range slices.Chunk(keys, getKeys) {
+		answers, err := fanOut(ctx, r, func(ctx context.Context, client partitionv1connect.PartitionServiceClient, shards []uint32) (*partitionv1.GetResponse, error) {
+			request := &partitionv1.GetRequest{Map: mapName, Kind: of.proto()}
+			count := r.shardCount()
+			for _, key := range page {
+				if slices.Contains(shards, uint32(keyspace.ShardOf(key, count))) {
+					request.Keys = append(request.Keys, []byte(key))
+				}
+			}
+			if len(request.Keys) == 0 {
+				return &partitionv1.GetResponse{}, nil
+			}
+			return client.Get(ctx, request)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("read keys: %w", err)
+		}
+		for _, a := range answers {
+			for _, change := range a.Changes {
+				found = append(found, keyedOf(change))
+			}
+		}
+	}
+	return found, nil
 }
 
 // Since returns what arrived in a map after a position, in arrival order, with
 // tombstones: at most limit records and about maxBytes of keys and values, but at
 // least one record if there is any. Going on from covered neither skips a record
 // nor repeats one (SYN-01).
-func (r *router) Since(ctx context.Context, mapName string, after hlc.Timestamp, limit, maxBytes int) (page, error) {
+func (r *router) Since(ctx context.Context, of mapKind, mapName string, after hlc.Timestamp, limit, maxBytes int) (page, error) {
 	answers, err := fanOut(ctx, r, func(ctx context.Context, client partitionv1connect.PartitionServiceClient, shards []uint32) (*partitionv1.SinceResponse, error) {
 		return client.Since(ctx, &partitionv1.SinceRequest{
-			Map: mapName, Shards: shards, After: arrivalToProto(after), Limit: uint32(limit), MaxBytes: uint32(maxBytes),
+			Map: mapName, Shards: shards, After: arrivalToProto(after), Limit: uint32(limit), MaxBytes: uint32(maxBytes), Kind: of.proto(),
 		})
 	})
 	if err != nil {
@@ -131,9 +160,9 @@ func mergePages(answers []*partitionv1.SinceResponse, limit, maxBytes int) page 
 			merged.more = true
 		}
 	}
-	merged.records = make([]wire.KeyedRecord, 0, len(changes))
+	merged.records = make([]keyed, 0, len(changes))
 	for _, change := range changes {
-		merged.records = append(merged.records, recordOfChange(change))
+		merged.records = append(merged.records, keyedOf(change))
 	}
 	return merged
 }
@@ -167,50 +196,77 @@ func cutPage(changes []*typesv1.Change, limit, maxBytes int) int {
 	return end
 }
 
-// Query returns the live records of a map that match where (a msgpack map field →
-// value, empty for all), by key, bytewise ascending, from the first key above
-// afterKey: at most limit of them, perhaps fewer when they are large. more says that
-// further rows match. A filter that cannot be evaluated gives errBadQuery.
-func (r *router) Query(ctx context.Context, mapName string, where []byte, afterKey string, limit int) (rows []wire.KeyValue, more bool, err error) {
-	if len(where) > 0 {
-		if _, err := query.ParseWhere(where); err != nil {
-			return nil, false, fmt.Errorf("%w: %w", errBadQuery, err)
-		}
-	}
+// Query returns the rows of a map that match, with all their fields, in the order of the
+// query, from the first one after a position: at most limit of them, perhaps fewer when
+// they are large, but at least one if there is any. more says that further rows match.
+func (r *router) Query(ctx context.Context, mapName string, q *query.Query, after []byte, limit, maxBytes int) (rows []query.Row, more bool, err error) {
+	encoded := q.Encode()
 	answers, err := fanOut(ctx, r, func(ctx context.Context, client partitionv1connect.PartitionServiceClient, shards []uint32) (*partitionv1.QueryResponse, error) {
 		return client.Query(ctx, &partitionv1.QueryRequest{
-			Map: mapName, Shards: shards, Where: where, AfterKey: []byte(afterKey), Limit: uint32(limit),
+			Map: mapName, Shards: shards, Query: encoded, After: after, Limit: uint32(limit), MaxBytes: uint32(maxBytes),
 		})
 	})
 	if err != nil {
 		return nil, false, fmt.Errorf("run the query: %w", err)
 	}
-	rows, more = mergeRows(answers, limit)
+	rows, more = mergeRows(q, answers, limit, maxBytes)
 	return rows, more, nil
 }
 
-// mergeRows merges by key. An owner that has more rows vouches only for keys up to
-// its last one; what others have above waits for the next page.
-func mergeRows(answers []*partitionv1.QueryResponse, limit int) (rows []wire.KeyValue, more bool) {
-	var all []*partitionv1.Row
-	var end []byte // keys above it wait; nil when nothing waits
+// mergeRows merges in the order of the query. An owner that has more rows vouches only
+// for what comes up to its last one; what others have after that waits for the next page.
+func mergeRows(q *query.Query, answers []*partitionv1.QueryResponse, limit, maxBytes int) (rows []query.Row, more bool) {
+	top := query.NewTop(q, nil, limit, maxBytes)
+	var end *query.Row // rows after it wait; nil when nothing waits
 	for _, a := range answers {
-		all = append(all, a.Rows...)
+		for _, row := range a.Rows {
+			top.Add(string(row.Key), row.Value)
+		}
 		if a.More && len(a.Rows) > 0 {
-			more = true
-			if last := a.Rows[len(a.Rows)-1].Key; end == nil || bytes.Compare(last, end) < 0 {
-				end = last
+			row := a.Rows[len(a.Rows)-1]
+			if last := (query.Row{Key: string(row.Key), Value: row.Value}); end == nil || q.Compare(last, *end) < 0 {
+				end = &last
 			}
 		}
 	}
-	slices.SortFunc(all, func(a, b *partitionv1.Row) int { return bytes.Compare(a.Key, b.Key) })
-	for _, row := range all {
-		if len(rows) == limit || (end != nil && bytes.Compare(row.Key, end) > 0) {
-			return rows, true
-		}
-		rows = append(rows, wire.KeyValue{Key: string(row.Key), Value: row.Value})
+	rows, more = top.Rows()
+	if end == nil {
+		return rows, more
 	}
-	return rows, more
+	cut, found := slices.BinarySearchFunc(rows, *end, q.Compare)
+	if found {
+		cut++
+	}
+	return rows[:cut], true
+}
+
+var tooManyGroups = &wire.Error{Name: "TOO_MANY_GROUPS", Code: 413, Text: "the query makes more than 10,000 groups; group by less"}
+
+// Groups returns the groups of a grouped query over a whole map.
+func (r *router) Groups(ctx context.Context, mapName string, q *query.Query) (*query.Groups, error) {
+	encoded := q.Encode()
+	answers, err := fanOut(ctx, r, func(ctx context.Context, client partitionv1connect.PartitionServiceClient, shards []uint32) (*partitionv1.QueryResponse, error) {
+		return client.Query(ctx, &partitionv1.QueryRequest{Map: mapName, Shards: shards, Query: encoded})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("run the query: %w", err)
+	}
+	groups := query.NewGroups(q)
+	for _, a := range answers {
+		if a.More {
+			return nil, tooManyGroups
+		}
+		for _, row := range a.Rows {
+			err := groups.Merge(query.Row{Key: string(row.Key), Value: row.Value})
+			if errors.Is(err, query.ErrTooManyGroups) {
+				return nil, tooManyGroups
+			}
+			if err != nil {
+				return nil, fmt.Errorf("merge the groups of the owners: %w", err)
+			}
+		}
+	}
+	return groups, nil
 }
 
 // fanOut asks every owner for its shards and returns all answers. Until ctx ends it

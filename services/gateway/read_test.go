@@ -16,6 +16,7 @@ import (
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/keyspace"
 	"github.com/topgun-sync/topgun/core/merkle"
+	"github.com/topgun-sync/topgun/core/query"
 	"github.com/topgun-sync/topgun/core/wire"
 	partitionv1 "github.com/topgun-sync/topgun/gen/go/topgun/partition/v1"
 	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
@@ -44,7 +45,7 @@ func TestLeavesAddUpOverOwners(t *testing.T) {
 		for _, op := range ops {
 			want.Add(merkle.Leaf(merkle.Hash(op.Key)), merkle.ItemHash(op.Key, op.Record.Timestamp), combine)
 		}
-		state, err := r.Leaves(within(t, patience), "m", combine)
+		state, err := r.Leaves(within(t, patience), kindLWW, "m", combine)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -59,13 +60,13 @@ func TestLeavesAddUpOverOwners(t *testing.T) {
 
 func TestRecordsOfALeafRange(t *testing.T) {
 	r, ops := twoOwners(t, 100)
-	records, err := r.Records(within(t, patience), "m", 0, merkle.LeafCount-1)
+	records, err := r.Records(within(t, patience), kindLWW, "m", 0, merkle.LeafCount-1)
 	if err != nil || len(records) != len(ops) {
 		t.Fatalf("%d records, %v", len(records), err)
 	}
 	leaf := merkle.Leaf(merkle.Hash(ops[0].Key))
-	records, err = r.Records(within(t, patience), "m", leaf, leaf)
-	if err != nil || !slices.ContainsFunc(records, func(k wire.KeyedRecord) bool { return k.Key == ops[0].Key }) {
+	records, err = r.Records(within(t, patience), kindLWW, "m", leaf, leaf)
+	if err != nil || !slices.ContainsFunc(records, func(k keyed) bool { return k.Key == ops[0].Key }) {
 		t.Errorf("leaf %d: %v, %v", leaf, records, err)
 	}
 }
@@ -75,7 +76,7 @@ func TestSinceOverOwners(t *testing.T) {
 	seen := map[string]int{}
 	var after hlc.Timestamp
 	for pages := 0; ; pages++ {
-		p, err := r.Since(within(t, patience), "m", after, 70, 1<<20)
+		p, err := r.Since(within(t, patience), kindLWW, "m", after, 70, 1<<20)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -183,19 +184,22 @@ func sinceModel(changes []*typesv1.Change, after, clock uint64, limit, maxBytes 
 
 func TestQueryMergesByKey(t *testing.T) {
 	r, ops := twoOwners(t, 250)
+	q, err := query.Parse(nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var keys []string
-	after := ""
+	var after []byte
 	for more := true; more; {
-		var rows []wire.KeyValue
-		var err error
-		rows, more, err = r.Query(within(t, patience), "m", nil, after, 40)
+		var rows []query.Row
+		rows, more, err = r.Query(within(t, patience), "m", q, after, 40, 1<<20)
 		if err != nil || len(rows) == 0 || len(rows) > 40 {
 			t.Fatalf("%d rows, %v", len(rows), err)
 		}
 		for _, row := range rows {
 			keys = append(keys, row.Key)
 		}
-		after = keys[len(keys)-1]
+		after = q.Position(rows[len(rows)-1])
 	}
 	if len(keys) != len(ops) || !slices.IsSorted(keys) {
 		t.Errorf("%d keys, sorted %v", len(keys), slices.IsSorted(keys))
@@ -206,10 +210,14 @@ func TestQueryMergesByKey(t *testing.T) {
 // more, hides no key of its own behind a later one of another owner.
 func TestQueryOwnerCutShort(t *testing.T) {
 	row := func(key string) *partitionv1.Row { return &partitionv1.Row{Key: []byte(key)} }
-	rows, more := mergeRows([]*partitionv1.QueryResponse{
+	q, err := query.Parse(nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows, more := mergeRows(q, []*partitionv1.QueryResponse{
 		{Rows: []*partitionv1.Row{row("a"), row("b")}, More: true}, // c comes later
 		{Rows: []*partitionv1.Row{row("a2"), row("d")}},
-	}, 10)
+	}, 10, 0)
 	var keys []string
 	for _, r := range rows {
 		keys = append(keys, r.Key)
@@ -232,7 +240,7 @@ func TestReadsRetryUntilTheCallerGivesUp(t *testing.T) {
 		r := newTestRouter(t, nil, o)
 		answer = connect.NewError(connect.CodeUnavailable, "loading")
 		begin := time.Now()
-		if _, err := r.Since(within(t, 3*time.Second), "m", hlc.Timestamp{}, 1, 1); !errors.Is(err, errUnavailable) || time.Since(begin) != 3*time.Second {
+		if _, err := r.Since(within(t, 3*time.Second), kindLWW, "m", hlc.Timestamp{}, 1, 1); !errors.Is(err, errUnavailable) || time.Since(begin) != 3*time.Second {
 			t.Errorf("%v after %v", err, time.Since(begin))
 		}
 		if n := o.called("Since"); n < 4 || n > 20 {
@@ -240,7 +248,7 @@ func TestReadsRetryUntilTheCallerGivesUp(t *testing.T) {
 		}
 		answer = connect.NewError(connect.CodeInvalidArgument, "no")
 		begin = time.Now()
-		if _, err := r.Records(within(t, 3*time.Second), "m", 0, 1); err == nil || errors.Is(err, errUnavailable) || time.Since(begin) != 0 {
+		if _, err := r.Records(within(t, 3*time.Second), kindLWW, "m", 0, 1); err == nil || errors.Is(err, errUnavailable) || time.Since(begin) != 0 {
 			t.Errorf("a wrong request: %v after %v", err, time.Since(begin))
 		}
 	})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -60,6 +61,10 @@ type opResult struct {
 	level string
 	// arrival covers the change of an applied op; its NodeID is empty.
 	arrival hlc.Timestamp
+	// lane and sequence say which commit the store must have for the op to be
+	// PERSISTED; empty when the owner found it in the log.
+	lane     string
+	sequence uint64
 }
 
 // mapState is the Merkle state of one map over all its owners.
@@ -75,7 +80,7 @@ type mapState struct {
 // page is one piece of what arrived in a map after a position.
 type page struct {
 	// records in arrival order, tombstones included.
-	records []wire.KeyedRecord
+	records []keyed
 	// covered is the position to go on from. NodeID is empty.
 	covered hlc.Timestamp
 	// more says that records above covered exist.
@@ -132,6 +137,16 @@ type ownerTable struct {
 	history string
 	version uint64
 	level   string
+	kept    retention
+}
+
+// retention is how long tombstones are kept (PROTOCOL 22.5).
+type retention struct {
+	// period is the least over the owners; 0 means for ever.
+	period time.Duration
+	// pruned: tombstones from before this time, in Unix ms, are gone from every owner;
+	// 0 when none were looked for.
+	pruned uint64
 }
 
 // lesson is one round of Describe that several callers wait for.
@@ -168,9 +183,9 @@ func (r *router) close() {
 }
 
 // Apply has the owners merge ops and waits for their receipts; result i belongs to
-// op i. An op with Err set is rejected without travelling, also one of a kind that
-// LWW-maps do not have. Ops that nobody took before ctx ended are opUnavailable:
-// whether they were applied is not known, and the client must send them again.
+// op i. An op with Err set is rejected without travelling. Ops that nobody took before
+// ctx ended are opUnavailable: whether they were applied is not known, and the client
+// must send them again.
 //
 // origin names the session and is at most 128 bytes; traceParent is a W3C
 // traceparent or empty. The ops of one origin to one shard are merged in their order,
@@ -182,28 +197,35 @@ func (r *router) Apply(ctx context.Context, origin, traceParent string, ops []wi
 	results := make([]opResult, len(ops))
 	pending := make([]int, 0, len(ops))
 	for i := range ops {
-		if reject := rejection(&ops[i]); reject != nil {
+		if reject := ops[i].Err; reject != nil {
 			results[i] = opResult{status: opRejected, code: reject.Code, reason: reject.Error()}
 			continue
 		}
 		results[i] = opResult{code: 503, reason: reasonUnavailable}
 		pending = append(pending, i)
 	}
-	if len(pending) == 0 {
+	if pending = r.refuseLevels(ctx, ops, pending, results); len(pending) == 0 {
 		return results
 	}
-	protos := opsToProto(ops)
+	r.carry(ctx, origin, traceParent, opsToProto(ops), pending, results)
+	return results
+}
+
+// carry sends the pending ones of protos until each has its result, or ctx ends.
+func (r *router) carry(ctx context.Context, origin, traceParent string,
+	protos []*partitionv1.Op, pending []int, results []opResult,
+) {
 	table, err := r.owners(ctx)
 	for attempt := 0; ; attempt++ {
 		var hint time.Duration
 		if err == nil {
 			pending, hint = r.round(ctx, table, origin, traceParent, protos, pending, results)
 			if len(pending) == 0 {
-				return results
+				return
 			}
 		}
 		if !r.pause(ctx, attempt, hint) {
-			return results
+			return
 		}
 		// Whatever the refusal was, who owns the shard may have changed with it.
 		table, err = r.learn(ctx)
@@ -214,19 +236,6 @@ const (
 	reasonUnavailable = "UNAVAILABLE: the owner of the key cannot be reached; send the op again"
 	reasonOverloaded  = "OVERLOADED: the queue or the log is full; send the op again later"
 )
-
-// unsupportedKind answers ops of the map types that are not served.
-var unsupportedKind = &wire.Error{Name: "NOT_SUPPORTED", Code: 501, Text: "only PUT and REMOVE on LWW-maps are served"}
-
-func rejection(op *wire.Op) *wire.Error {
-	if op.Err != nil {
-		return op.Err
-	}
-	if op.Kind != wire.OpPut && op.Kind != wire.OpRemove {
-		return unsupportedKind
-	}
-	return nil
-}
 
 // round sends the pending ops once and fills in their results. It returns the ops
 // that must be sent again, in order, and how long their owners asked to wait.
@@ -424,18 +433,26 @@ func (r *router) describe() (*ownerTable, error) {
 
 func (r *router) tableOf(answers []*partitionv1.DescribeResponse) (*ownerTable, error) {
 	t := &ownerTable{shards: make([][]uint32, len(answers))}
+	first := true
 	for i, a := range answers {
 		if a.ShardCount < 1 || a.ShardCount > keyspace.PartitionCount {
 			return nil, fmt.Errorf("owner describes %d shards: %w", a.ShardCount, errUnavailable)
 		}
 		if i == 0 {
 			t.peers = make([]*peer, a.ShardCount)
-			t.history, t.level = a.History, levelName(a.Level)
+			t.history = a.History
+		}
+		if level := levelName(a.Level); i == 0 || levelRank(level) < levelRank(t.level) {
+			t.level = level // what every owner gives
 		}
 		if int(a.ShardCount) != len(t.peers) || a.History != t.history {
 			return nil, fmt.Errorf("owners differ in shard count or history: %w", errUnavailable)
 		}
 		t.version = max(t.version, a.MapVersion)
+		if len(a.Shards) > 0 {
+			t.kept = t.kept.and(a, first)
+			first = false
+		}
 		for _, shard := range a.Shards {
 			if int(shard) >= len(t.peers) || t.peers[shard] != nil {
 				continue // in a hand-off two may name a shard; the one that lost it refuses
@@ -448,6 +465,43 @@ func (r *router) tableOf(answers []*partitionv1.DescribeResponse) (*ownerTable, 
 	return t, nil
 }
 
+// and takes in what one more owner says. Retentions differ only while a changed
+// setting is rolled out; then the shortest counts, as what it prunes is gone.
+func (k retention) and(a *partitionv1.DescribeResponse, first bool) retention {
+	period := time.Duration(min(a.TombstoneRetentionMillis, maxRetentionMillis)) * time.Millisecond
+	if first {
+		return retention{period: period, pruned: a.PrunedBeforeMillis}
+	}
+	if period > 0 && (k.period == 0 || period < k.period) {
+		k.period = period
+	}
+	k.pruned = min(k.pruned, a.PrunedBeforeMillis)
+	return k
+}
+
+// maxRetentionMillis keeps a retention within what a Duration holds, times four.
+const maxRetentionMillis = uint64(math.MaxInt64 / int64(time.Millisecond) / 4)
+
+// retention returns how long tombstones are kept, as last learned.
+func (r *router) retention() retention {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.last == nil {
+		return retention{}
+	}
+	return r.last.kept
+}
+
+// shardCount is the number of shards, once an owner table was learned.
+func (r *router) shardCount() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.last == nil {
+		return 1
+	}
+	return len(r.last.peers)
+}
+
 // heard takes in a version of the shard map that an owner told: a newer one makes
 // the table stale.
 func (r *router) heard(version uint64) {
@@ -456,6 +510,16 @@ func (r *router) heard(version uint64) {
 	if r.table != nil && version > r.table.version {
 		r.table = nil
 	}
+}
+
+// history is the identity of the log, as last learned; empty before that.
+func (r *router) history() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.last == nil {
+		return ""
+	}
+	return r.last.history
 }
 
 // Ready is nil when every shard has an owner, as last learned.

@@ -26,15 +26,18 @@ import (
 	"github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1/fanoutv1connect"
 	"github.com/topgun-sync/topgun/gen/go/topgun/gateway/v1/gatewayv1connect"
 	"github.com/topgun-sync/topgun/gen/go/topgun/partition/v1/partitionv1connect"
+	"github.com/topgun-sync/topgun/gen/go/topgun/persistence/v1/persistencev1connect"
 	"github.com/topgun-sync/topgun/services/gateway/auth"
 )
 
-// Deps lists what the gateway works with. Partition and Fanout are required.
+// Deps lists what the gateway works with. Partition, Fanout and Persistence are required.
 type Deps struct {
 	// Partition is the owner of the shards.
 	Partition partitionv1connect.PartitionServiceClient
 	// Fanout delivers the changes that others make.
 	Fanout fanoutv1connect.FanoutServiceClient
+	// Persistence says how far the log is stored, and reads the journal.
+	Persistence persistencev1connect.PersistenceServiceClient
 	// Logger gets one line per event; nil discards.
 	Logger *slog.Logger
 	// Meter makes the room's instruments; nil measures nothing.
@@ -69,8 +72,8 @@ func New(cfg Config, deps Deps) (*Service, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("gateway config: %w", err)
 	}
-	if deps.Partition == nil || deps.Fanout == nil {
-		return nil, errors.New("gateway deps: the partition and fanout clients are required")
+	if deps.Partition == nil || deps.Fanout == nil || deps.Persistence == nil {
+		return nil, errors.New("gateway deps: the partition, fanout and persistence clients are required")
 	}
 	if deps.Logger == nil {
 		deps.Logger = slog.New(slog.DiscardHandler)
@@ -119,7 +122,7 @@ func New(cfg Config, deps Deps) (*Service, error) {
 		syncBytes: semaphore.NewWeighted(cfg.MaxSyncBytes),
 	}
 	s.sockets, err = newSockets(cfg, socketDeps{
-		router: s.router, verifier: verifier, origins: allowed, fanout: deps.Fanout,
+		router: s.router, verifier: verifier, origins: allowed, fanout: deps.Fanout, persistence: deps.Persistence,
 		log: deps.Logger, meter: deps.Meter, tracer: deps.Tracer, now: deps.Now, random: deps.Rand,
 	})
 	if err != nil {
@@ -276,17 +279,27 @@ func (s *Service) Run(ctx context.Context) error {
 }
 
 // ownerInterval is how often the owners are asked what they serve. Refusals teach
-// the router sooner; this keeps an idle gateway's readiness true.
+// the router sooner; this keeps an idle gateway's readiness true, and has clients forget
+// the tombstones that the owners forgot (PROTOCOL 11.4).
 const ownerInterval = 2 * time.Second
 
 func (s *Service) watchOwners(ctx context.Context) {
 	ticker := time.NewTicker(ownerInterval)
 	defer ticker.Stop()
 	known := true
+	pruned := uint64(0)
 	for {
-		_, err := s.router.learn(ctx)
+		table, err := s.router.learn(ctx)
 		if ctx.Err() != nil {
 			return
+		}
+		if err == nil && table.whole && table.kept.pruned > pruned {
+			// Sessions are told what is forgotten from now on; what was before, each of
+			// them hears when it synchronises.
+			if pruned > 0 {
+				s.sockets.prune(table.kept.pruned)
+			}
+			pruned = table.kept.pruned
 		}
 		if (err == nil) != known {
 			known = err == nil

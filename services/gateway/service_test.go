@@ -55,7 +55,7 @@ func TestConfigValidate(t *testing.T) {
 			if err != nil && cfg.Auth.Secret != "" && strings.Contains(err.Error(), cfg.Auth.Secret) {
 				t.Error("the error repeats the secret")
 			}
-			if _, newErr := New(cfg, Deps{Partition: newFakePartition(nil).client(), Fanout: newFakeFanout().client()}); (newErr == nil) != (err == nil) {
+			if _, newErr := New(cfg, Deps{Partition: newFakePartition(nil).client(), Fanout: newFakeFanout().client(), Persistence: newFakePersistence().client()}); (newErr == nil) != (err == nil) {
 				t.Errorf("New: %v", newErr)
 			}
 		})
@@ -106,7 +106,7 @@ func waitReady(t *testing.T, g *httpGateway) {
 }
 
 func TestReadiness(t *testing.T) {
-	service, err := New(DefaultConfig(), Deps{Partition: newFakePartition(nil).client(), Fanout: newFakeFanout().client()})
+	service, err := New(DefaultConfig(), Deps{Partition: newFakePartition(nil).client(), Fanout: newFakeFanout().client(), Persistence: newFakePersistence().client()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,13 +2,11 @@ package gateway
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"hash/maphash"
 	"net"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -70,6 +68,7 @@ type session struct {
 	origin string // names the session in changes
 	conn   net.Conn
 	addr   netip.Addr
+	at     string // the address that the client connected to, for PARTITION_MAP
 	opened time.Time
 	ctx    context.Context // ends with the connection
 	cancel context.CancelFunc
@@ -85,38 +84,42 @@ type session struct {
 	tokens    float64 // of the flood limit
 	tokensAt  int64
 	tokenHash uint64 // of the accepted token
-	deviceID  string
 	devToken  string
 
-	mu        sync.Mutex
-	room      sync.Cond // something left a queue, or the session shuts
-	principal auth.Principal
-	ready     bool
-	hello     bool // DEVICE_HELLO came
-	spoke     bool // anything came
-	combine   merkle.Combine
-	mixed     bool // it is certain that combine is Mixed
-	closing   *closeReason
-	leaving   bool // to be closed as soon as no op is in flight
-	ended     bool // no goroutine may be started
-	out       outbox
-	maps      map[string]*interest
-	owed      map[string]bool // maps that must get a root
-	jobs      []job
-	workers   int
-	ops       opLine
+	mu           sync.Mutex
+	room         sync.Cond // something left a queue, or the session shuts
+	principal    auth.Principal
+	ready        bool
+	hello        bool // DEVICE_HELLO came
+	spoke        bool // anything came
+	combine      merkle.Combine
+	mixed        bool // it is certain that combine is Mixed
+	closing      *closeReason
+	leaving      bool // to be closed as soon as no op is in flight
+	ended        bool // no goroutine may be started
+	out          outbox
+	deviceID     string // written by the reading goroutine alone
+	device       *device
+	prunedTo     uint64 // what the client was told to forget, in Unix ms
+	maps         map[string]*interest
+	counters     map[string]struct{} // that it is told of
+	owed         map[string]bool     // names, as the hub has them, that it must be told of anew
+	behind       bool                // it is closing, and did not get all that it was to be told
+	probes       map[string]*probe
+	subs         map[string]*querySub   // live queries, by queryId
+	topics       map[string]struct{}    // that it is subscribed to
+	owedQueries  map[*querySub]struct{} // queries that must get a result
+	publishing   publishing
+	journal      *journal // nil without subscriptions
+	journalReads int
+	jobs         []job
+	jobBytes     int // of the frames that jobs keep
+	workers      int
+	ops          opLine
+	locks        locks
 }
 
-// interest is what a session did to show that it looks at a map.
-type interest struct {
-	// synced: a SYNC_INIT came, so a root was or will be sent for it.
-	synced bool
-	// rooted: an unsolicited root was sent, or is owed, for a map that was opened
-	// late (PROTOCOL 8.2).
-	rooted bool
-}
-
-func newSession(k *sockets, id uint64, conn net.Conn, addr netip.Addr, early []byte) *session {
+func newSession(k *sockets, id uint64, conn net.Conn, addr netip.Addr, at string, early []byte) *session {
 	now := k.now()
 	s := &session{
 		k:        k,
@@ -124,6 +127,7 @@ func newSession(k *sockets, id uint64, conn net.Conn, addr netip.Addr, early []b
 		origin:   k.originOf(id),
 		conn:     conn,
 		addr:     addr,
+		at:       at,
 		opened:   now,
 		ready:    !k.verifier.Required(),
 		tokens:   floodBurst,
@@ -164,7 +168,11 @@ func (s *session) end(reason closeReason) {
 	s.mu.Unlock()
 	_ = s.conn.Close() // whatever state it is in
 	s.cancel()
+	s.k.devices.left(s)
+	s.endQueries()
+	s.endTopics()
 	s.k.hub.leave(s)
+	s.k.keeper.left(s)
 	s.k.remove(s)
 	s.k.meters.closed()
 	s.k.log.Info("session closed", "session", s.id, "user", user, "remote", s.conn.RemoteAddr().String(),
@@ -255,7 +263,8 @@ func (s *session) handle(bytes []byte, held int64) error {
 		s.k.meters.received(inOps)
 		return s.submit(batch, len(bytes), held) // gives held back when the ops are done
 	}
-	defer s.k.inbound.give(held)
+	frame := inbound{size: len(bytes), held: held}
+	defer func() { s.k.inbound.give(frame.held) }() // unless a job keeps it
 	switch {
 	case ignored:
 		return nil // the client will send it again over its next connection
@@ -270,9 +279,16 @@ func (s *session) handle(bytes []byte, held int64) error {
 		}
 		return s.refuse(err)
 	}
-	if bucket, ok := message.(*wire.MerkleReqBucket); ok {
+	switch m := message.(type) {
+	case *wire.MerkleReqBucket:
 		s.k.meters.received(inBucket)
-		return s.bucketRequested(bucket)
+		return s.bucketRequested(kindLWW, m.MapName, m.Path)
+	case *wire.ORMapMerkleReqBucket:
+		s.k.meters.received(inBucket)
+		return s.bucketRequested(kindOR, m.MapName, m.Path)
+	case *wire.ORMapPushDiff:
+		s.k.meters.received(inSync)
+		return s.diffPushed(m, &frame)
 	}
 	if !s.allow() {
 		return s.flooded()
@@ -283,15 +299,72 @@ func (s *session) handle(bytes []byte, held int64) error {
 		s.send(urgent, &wire.Pong{Timestamp: m.Timestamp, ServerTime: uint64(max(0, s.k.now().UnixMilli()))})
 	case *wire.SyncInit:
 		s.k.meters.received(inSync)
-		return s.syncRequested(m)
+		return s.syncRequested(kindLWW, m.MapName, m.LastSyncTimestamp, false)
+	case *wire.ORMapSyncInit:
+		s.k.meters.received(inSync)
+		s.learnCombine(m)
+		return s.syncRequested(kindOR, m.MapName, m.LastSyncTimestamp, m.RootHash == 0)
+	case *wire.ORMapDiffRequest:
+		s.k.meters.received(inSync)
+		return s.diffRequested(m, &frame)
+	case *wire.ClientApplyAck:
+		s.k.meters.received(inSync) // of epochs, which are not used here (PROTOCOL 9.4)
+	case *wire.CounterRequest:
+		s.k.meters.received(inCounter)
+		return s.counterRequested(m)
+	case *wire.CounterSync:
+		s.k.meters.received(inCounter)
+		return s.counterSynced(m, &frame)
+	case *wire.LockRequest:
+		s.k.meters.received(inLock)
+		return s.lockRequested(m)
+	case *wire.LockRelease:
+		s.k.meters.received(inLock)
+		return s.lockReleased(m)
+	case *wire.PartitionMapRequest:
+		s.k.meters.received(inOther)
+		s.send(urgent, s.partitionMap(m.CurrentVersion))
 	case *wire.Auth:
 		s.k.meters.received(inAuth)
 		return s.authAgain(m)
 	case *wire.DeviceHello:
 		s.k.meters.received(inAuth)
-		s.device(m.DeviceToken)
+		s.identify(m.DeviceToken)
 		s.certainlyMixed()
 		s.send(urgent, &wire.DeviceAck{DeviceID: s.deviceID, DeviceToken: s.devToken})
+	default:
+		return s.handleFeed(message)
+	}
+	return nil
+}
+
+// handleFeed handles what asks for a feed: of a query, a topic or the journal.
+func (s *session) handleFeed(message wire.Message) error {
+	switch m := message.(type) {
+	case *wire.QuerySub:
+		s.k.meters.received(inQuery)
+		return s.subscribed(m)
+	case *wire.QueryUnsub:
+		s.k.meters.received(inQuery)
+		s.unsubscribed(m.QueryID)
+	case *wire.TopicSub:
+		s.k.meters.received(inTopic)
+		return s.topicSubscribed(m)
+	case *wire.TopicUnsub:
+		s.k.meters.received(inTopic)
+		s.topicUnsubscribed(m)
+	case *wire.TopicPub:
+		s.k.meters.received(inTopic)
+		return s.topicPublished(m)
+	case *wire.JournalRead:
+		s.k.meters.received(inJournal)
+		s.journalRead(m)
+	case *wire.JournalSubscribe:
+		s.k.meters.received(inJournal)
+		return s.journalSubscribed(m)
+	case *wire.JournalUnsubscribe:
+		s.k.meters.received(inJournal)
+		s.journalUnsubscribed(m.SubscriptionID)
 	default:
 		s.k.meters.received(inOther)
 		return s.refuseUnserved(message)
@@ -313,7 +386,7 @@ func (s *session) handleWaiting(message wire.Message, err error) error {
 		return s.authFirst(m)
 	case *wire.DeviceHello:
 		s.k.meters.received(inAuth)
-		s.device(m.DeviceToken)
+		s.identify(m.DeviceToken)
 		s.certainlyMixed()
 		s.mu.Lock()
 		s.hello = true
@@ -353,7 +426,7 @@ func (s *session) authFirst(m *wire.Auth) error {
 		return closeAuthFailed
 	}
 	s.tokenHash = maphash.String(tokenSeed, m.Token)
-	s.device(m.DeviceToken)
+	s.identify(m.DeviceToken)
 	if m.DeviceToken != "" {
 		s.certainlyMixed()
 	}
@@ -381,7 +454,7 @@ func (s *session) authAgain(m *wire.Auth) error {
 		s.certainlyMixed()
 	}
 	if !s.k.verifier.Required() {
-		s.device(m.DeviceToken)
+		s.identify(m.DeviceToken)
 		s.authAck(auth.Principal{Anonymous: true})
 		return nil
 	}
@@ -416,34 +489,6 @@ func (s *session) authAck(p auth.Principal) {
 		ack.DeviceID, ack.DeviceToken = s.deviceID, s.devToken
 	}
 	s.send(urgent, ack)
-}
-
-const (
-	deviceIDBytes     = 16
-	deviceSecretBytes = 32
-)
-
-// device gives the session a device identity: the one that the token names if it has
-// the form of ours, else one of its own. A token is never refused (PROTOCOL 3.2). It
-// is no proof of anything: it names a device, unguessably, and grants nothing.
-func (s *session) device(token string) {
-	if id, secret, ok := strings.Cut(token, "."); ok && isHex(id, deviceIDBytes) && isHex(secret, deviceSecretBytes) {
-		s.deviceID, s.devToken = strings.Clone(id), strings.Clone(token)
-		return
-	}
-	if s.deviceID != "" {
-		return
-	}
-	var random [deviceIDBytes + deviceSecretBytes]byte
-	s.k.randomBytes(random[:])
-	s.deviceID = hex.EncodeToString(random[:deviceIDBytes])
-	s.devToken = s.deviceID + "." + hex.EncodeToString(random[deviceIDBytes:])
-}
-
-func isHex(text string, bytes int) bool {
-	return len(text) == 2*bytes && strings.IndexFunc(text, func(c rune) bool {
-		return (c < '0' || c > '9') && (c < 'a' || c > 'f')
-	}) < 0
 }
 
 // certainlyMixed notes evidence for the present rule of combining hashes.
@@ -505,6 +550,9 @@ func (s *session) check(now time.Time) {
 	case greet:
 		s.spoke = true // once is enough
 	}
+	if s.closing == nil && reason == nil {
+		s.checkProbesLocked(now)
+	}
 	s.mu.Unlock()
 	switch {
 	case reason != nil:
@@ -519,6 +567,7 @@ func (s *session) check(now time.Time) {
 func (s *session) retire() {
 	s.mu.Lock()
 	s.leaving = true
+	s.ops.pressLocked()
 	idle := s.ops.idle()
 	s.mu.Unlock()
 	if idle {
@@ -535,9 +584,11 @@ func (s *session) beginClose(reason closeReason) {
 		return
 	}
 	s.closing = &reason
+	s.behind = s.out.events > 0 || len(s.owed) > 0
 	s.out.lanes[bulk], s.out.events, s.out.eventBytes, s.out.syncBytes = nil, 0, 0, 0
 	clear(s.owed)
-	s.jobs = nil
+	clear(s.owedQueries)
+	s.dropJobsLocked()
 	s.out.last = appendFrame(nil, ws.OpClose, closeBody(reason))
 	s.room.Broadcast()
 	s.startWriterLocked()

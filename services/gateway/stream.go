@@ -17,7 +17,10 @@ func (h *hub) follow(ctx context.Context) {
 	retry := firstRetry
 	for ctx.Err() == nil {
 		opened, err := h.subscribe(ctx)
+		h.stirAll() // who probes may miss a change from here on
 		h.lost()
+		h.queries.lost()
+		h.topics.lost()
 		if ctx.Err() != nil {
 			return
 		}
@@ -66,13 +69,20 @@ func (h *hub) subscribe(ctx context.Context) (opened bool, err error) {
 				h.deliver(m.Event.GetMap(), changesOf(m.Event))
 			}
 		case *fanoutv1.SubscribeResponse_Gap:
+			h.stir(m.Gap.GetMap())
 			h.gap(m.Gap.GetMap())
+		case *fanoutv1.SubscribeResponse_QueryResult:
+			h.queries.result(m.QueryResult)
+		case *fanoutv1.SubscribeResponse_QueryChanges:
+			h.queries.changes(m.QueryChanges)
+		case *fanoutv1.SubscribeResponse_TopicMessage:
+			h.topics.deliver(m.TopicMessage)
 		}
 	}
 }
 
-// watch tells fanout which maps the stream is to bring, until ctx ends or a call
-// fails. Everything that is wanted when it gets to it travels in one call.
+// watch tells fanout which maps, queries and topics the stream is to bring, until ctx
+// ends or a call fails. Everything that is wanted when it gets to it travels in one call.
 func (h *hub) watch(ctx context.Context, stream string) error {
 	for {
 		select {
@@ -84,17 +94,30 @@ func (h *hub) watch(ctx context.Context, stream string) error {
 		if current != stream {
 			return nil
 		}
-		if len(add) == 0 && len(remove) == 0 {
+		request := &fanoutv1.WatchRequest{StreamId: stream, Add: add, Remove: remove}
+		if h.queries.wanted(request) {
+			notify(h.kick) // the rest follows
+		}
+		h.topics.wanted(request)
+		if asksNothing(request) {
 			continue
 		}
 		call, cancel := context.WithTimeout(ctx, watchTimeout)
-		_, err := h.fanout.Watch(call, &fanoutv1.WatchRequest{StreamId: stream, Add: add, Remove: remove})
+		_, err := h.fanout.Watch(call, request)
 		cancel()
 		if err != nil {
 			return err
 		}
+		for _, name := range add {
+			h.stir(name) // who probed it before now may have missed a change
+		}
 		h.watching(stream, add)
 	}
+}
+
+func asksNothing(r *fanoutv1.WatchRequest) bool {
+	return len(r.GetAdd())+len(r.GetRemove())+len(r.GetAddQueries())+len(r.GetRefreshQueries())+
+		len(r.GetRemoveQueries())+len(r.GetAddTopics())+len(r.GetRemoveTopics()) == 0
 }
 
 // concerns reports whether an event holds a change for some session here, which its
@@ -103,13 +126,15 @@ func (h *hub) watch(ctx context.Context, stream string) error {
 func (h *hub) concerns(event *fanoutv1.Event) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	t := h.topics[event.GetMap()]
+	h.stirLocked(event.GetMap())
+	t := h.maps[event.GetMap()]
 	if t == nil || len(t.sessions) != 1 {
 		return t != nil && len(t.sessions) > 0
 	}
-	for s := range t.sessions {
+	for s, looks := range t.sessions {
 		for _, c := range event.GetChanges() {
-			if c.GetOrigin() != s.origin {
+			of, ok := kindFromProto(c.GetKind())
+			if ok && looks.has(of) && c.GetOrigin() != s.origin {
 				return true
 			}
 		}
@@ -117,15 +142,23 @@ func (h *hub) concerns(event *fanoutv1.Event) bool {
 	return false
 }
 
+// changesOf returns the changes that clients are told of: a forgotten tombstone changes
+// nothing for them.
 func changesOf(e *fanoutv1.Event) []change {
-	changes := make([]change, len(e.GetChanges()))
-	for i, c := range e.GetChanges() {
-		changes[i] = change{
+	changes := make([]change, 0, len(e.GetChanges()))
+	for _, c := range e.GetChanges() {
+		of, ok := kindFromProto(c.GetKind())
+		if !ok || c.GetPruned() {
+			continue
+		}
+		changes = append(changes, change{
+			of:      of,
 			key:     string(c.GetKey()),
+			tag:     c.GetTag(),
 			record:  recordFromProto(c.GetRecord()),
 			arrival: arrivalFromProto(c.GetArrival()),
 			origin:  c.GetOrigin(),
-		}
+		})
 	}
 	return changes
 }

@@ -31,99 +31,95 @@ const (
 	leavesAtOnce = 16
 )
 
-// job is a sync request that waits for a worker.
+// job is a request that waits for a worker.
 type job struct {
 	kind jobKind
+	of   mapKind
 	name string
 	// paths of jobBuckets: one; or several leaves with the same parent.
 	paths []string
-	// since is the lastSyncTimestamp of jobInit.
+	// since is the lastSyncTimestamp of jobInit, and blank says that the client has no
+	// record of the map.
 	since uint64
+	blank bool
+	// do is a jobCall.
+	do func(ctx context.Context) error
 	// after is closed when the ops that came before the request are answered: what is
 	// read for the client then holds its own ops, or its root would differ only
 	// because they were on their way. Nil does not wait.
 	after <-chan struct{}
+	// frame is the message that the job keeps, if it does.
+	frame inbound
+}
+
+// inbound is a message that has arrived: its size, and what it holds of the budget of
+// sockets.inbound.
+type inbound struct {
+	size int
+	held int64
+}
+
+// keep returns the frame for a job to keep, and leaves nothing of it to give back.
+func (f *inbound) keep() inbound {
+	kept := *f
+	f.held = 0
+	return kept
 }
 
 type jobKind uint8
 
 const (
-	jobInit    jobKind = iota // SYNC_INIT: push what arrived, then the root
-	jobBuckets                // MERKLE_REQ_BUCKET
-	jobRoot                   // an unsolicited root
+	jobInit    jobKind = iota // SYNC_INIT, ORMAP_SYNC_INIT: push what arrived, then the root
+	jobBuckets                // MERKLE_REQ_BUCKET, ORMAP_MERKLE_REQ_BUCKET
+	jobRoot                   // an unsolicited root, for the first op or query on a map
+	jobOwed                   // what changed while changes may have been missed
+	jobReset                  // the client is to give up its copy of the map
+	jobCall                   // something else that reads the owners
 )
 
-// syncRequested takes a SYNC_INIT.
-func (s *session) syncRequested(m *wire.SyncInit) error {
-	if err := wire.CheckMapName(m.MapName); err != nil {
+// syncRequested takes a SYNC_INIT or ORMAP_SYNC_INIT. blank says that the client has no
+// record of the map.
+func (s *session) syncRequested(of mapKind, name string, since uint64, blank bool) error {
+	if err := wire.CheckMapName(name); err != nil {
 		return s.refuse(err)
 	}
 	s.mu.Lock()
-	seen, ok := s.interestLocked(m.MapName)
+	seen, ok := s.interestLocked(name)
 	if ok {
-		seen.synced = true
+		shown := seen.of(of)
+		shown.looks, shown.synced = true, true
 	}
 	after := s.ops.tail
 	s.mu.Unlock()
 	if !ok {
 		return s.decline(tooManyMaps)
 	}
-	return s.addJob(job{kind: jobInit, name: m.MapName, since: m.LastSyncTimestamp, after: after})
+	return s.addJob(job{kind: jobInit, of: of, name: strings.Clone(name), since: since, blank: blank, after: after})
 }
 
-// bucketRequested takes a MERKLE_REQ_BUCKET. The map needs no interest: a client may
-// look without being told of changes.
-func (s *session) bucketRequested(m *wire.MerkleReqBucket) error {
-	if err := wire.CheckMapName(m.MapName); err != nil {
+// bucketRequested takes a MERKLE_REQ_BUCKET or ORMAP_MERKLE_REQ_BUCKET. It shows that the
+// client has the map open: it had a root that it did not ask for, after a query (see
+// probe), or looks by itself. From here on the session is told of changes.
+func (s *session) bucketRequested(of mapKind, name, path string) error {
+	if err := wire.CheckMapName(name); err != nil {
 		return s.refuse(err)
 	}
-	if _, _, ok := merkle.LeafRange(m.Path); !ok {
+	if _, _, ok := merkle.LeafRange(path); !ok {
 		return s.refuse(&wire.Error{Name: wire.BadMessage, Code: 400, Text: "path: want 0 to 3 lowercase hex digits"})
 	}
-	return s.addJob(job{kind: jobBuckets, name: m.MapName, paths: []string{strings.Clone(m.Path)}})
-}
-
-var tooManyMaps = &wire.Error{
-	Name: "TOO_MANY_SUBS", Code: 429, Text: "this connection looks at as many maps as it may; use another one",
-}
-
-// interestLocked returns what the session showed for a map, noting that it looks at
-// it; s.mu is held. It returns false if the session looks at too many.
-func (s *session) interestLocked(name string) (*interest, bool) {
-	if seen := s.maps[name]; seen != nil {
-		return seen, true
-	}
-	if len(s.maps) >= s.k.cfg.MaxMaps {
-		return nil, false
-	}
-	if s.maps == nil {
-		s.maps = make(map[string]*interest)
-	}
-	seen := &interest{}
-	s.maps[strings.Clone(name)] = seen
-	return seen, true
-}
-
-// interested notes that an op or a query showed interest in a map. If no SYNC_INIT
-// came for it, the client opened it late and will not send one before it connects
-// again, so it gets the root unasked, once (PROTOCOL 8.2). A session that looks at too
-// many maps gets nothing.
-func (s *session) interested(name string) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closing != nil {
-		return
+	if seen, ok := s.interestLocked(name); ok { // else it is answered, and not told of changes
+		shown := seen.of(of)
+		shown.copied.asked = s.reader.seen.Load()
+		shown.looks = true
+		shown.rooted = true // or it would not ask
 	}
-	seen, ok := s.interestLocked(name)
-	if !ok || seen.synced || seen.rooted {
-		return
-	}
-	seen.rooted = true
-	s.jobs = append(s.jobs, job{kind: jobRoot, name: name}) // one per map at most
-	s.startWorkersLocked()
+	s.mu.Unlock()
+	return s.addJob(job{kind: jobBuckets, of: of, name: strings.Clone(name), paths: []string{strings.Clone(path)}})
 }
 
-// owe has the session get a root of a map that it may have missed changes of.
+// owe has the session be told anew of a map or counter that it may have missed changes
+// of.
 func (s *session) owe(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -134,7 +130,7 @@ func (s *session) owe(name string) {
 }
 
 func (s *session) oweLocked(name string) {
-	if s.closing != nil || s.maps[name] == nil {
+	if s.closing != nil || !s.watchesLocked(name) {
 		return
 	}
 	if s.owed == nil {
@@ -143,24 +139,54 @@ func (s *session) oweLocked(name string) {
 	s.owed[name] = true
 }
 
-// addJob queues a job, waiting while too many do.
+// watchesLocked reports whether the session looks at a name, as the hub has it.
+func (s *session) watchesLocked(name string) bool {
+	if counter, ok := counterOf(name); ok {
+		_, watches := s.counters[counter]
+		return watches
+	}
+	return s.maps[name] != nil
+}
+
+// addJob queues a job, waiting while too many do, or those that wait keep too much.
 func (s *session) addJob(j job) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for len(s.jobs) >= maxJobs && s.closing == nil {
+	for s.closing == nil && (len(s.jobs) >= maxJobs ||
+		j.frame.size > 0 && s.jobBytes > 0 && s.jobBytes+j.frame.size > s.k.cfg.MaxMessageBytes) {
 		s.room.Wait()
 	}
-	if s.closing == nil {
-		s.jobs = append(s.jobs, j)
-		s.startWorkersLocked()
+	if s.closing != nil {
+		s.k.inbound.give(j.frame.held)
+		return nil
 	}
+	s.jobBytes += j.frame.size
+	s.jobs = append(s.jobs, j)
+	s.startWorkersLocked()
 	return nil
+}
+
+// doneLocked gives back what a job kept.
+func (s *session) doneLocked(j job) {
+	s.jobBytes -= j.frame.size
+	s.k.inbound.give(j.frame.held)
+	if j.frame.size > 0 {
+		s.room.Broadcast()
+	}
+}
+
+// dropJobsLocked drops the jobs that wait.
+func (s *session) dropJobsLocked() {
+	for _, j := range s.jobs {
+		s.doneLocked(j)
+	}
+	s.jobs = nil
 }
 
 func (s *session) startWorkersLocked() {
 	waiting := len(s.jobs)
 	if s.out.events == 0 {
-		waiting += len(s.owed)
+		waiting += len(s.owed) + len(s.owedQueries)
 	}
 	if waiting > 0 && s.workers < syncWorkers && s.spawnLocked(s.work) {
 		s.workers++
@@ -174,30 +200,70 @@ func (s *session) work() {
 		if !ok {
 			return
 		}
-		if !s.waitFor(j.after) {
-			continue
-		}
-		ctx, cancel := context.WithTimeout(s.ctx, s.k.cfg.ReadTimeout)
 		var err error
-		switch j.kind {
-		case jobInit:
-			cancel() // a push may take longer; each of its reads is bounded
-			err = s.answerInit(j)
-		case jobBuckets:
-			err = s.answerBuckets(ctx, j)
-		case jobRoot:
-			err = s.join(j.name)
-			if err == nil {
-				err = s.sendRoot(ctx, j.name)
-			}
+		if s.waitFor(j.after) {
+			err = s.do(j)
 		}
-		cancel()
+		s.mu.Lock()
+		s.doneLocked(j)
+		s.mu.Unlock()
 		if err != nil && s.ctx.Err() == nil {
 			// The client does not ask again before it connects again (PROTOCOL 8).
 			s.send(urgent, &wire.ErrorMessage{Code: 503, Message: "UNAVAILABLE: the map cannot be read; connect again"})
 			s.beginClose(closeTryLater)
 		}
 	}
+}
+
+func (s *session) do(j job) error {
+	if j.kind == jobInit {
+		return s.answerInit(j) // a push may take long; each of its reads is bounded
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, s.k.cfg.ReadTimeout)
+	defer cancel()
+	switch j.kind {
+	case jobBuckets:
+		if err := s.joinFirst(j.name, j.of); err != nil {
+			return err
+		}
+		return s.answerBuckets(ctx, j)
+	case jobRoot:
+		if err := s.join(j.name, setOf(j.of)); err != nil {
+			return err
+		}
+		return s.sendRoot(ctx, j.of, j.name)
+	case jobOwed:
+		return s.tellAnew(ctx, j.name)
+	case jobReset:
+		return s.sendReset(ctx, j.of, j.name)
+	default:
+		return j.do(ctx)
+	}
+}
+
+// tellAnew sends what makes up for changes of a name that the session may have missed: a
+// root of each map of that name that it looks at, or the state of a counter.
+func (s *session) tellAnew(ctx context.Context, name string) error {
+	if counter, ok := counterOf(name); ok {
+		return s.sendCounter(ctx, counter)
+	}
+	s.mu.Lock()
+	var looks kinds
+	if seen := s.maps[name]; seen != nil {
+		looks = seen.kinds()
+	}
+	s.mu.Unlock()
+	if err := s.join(name, looks); err != nil {
+		return err
+	}
+	for _, of := range []mapKind{kindLWW, kindOR} {
+		if looks.has(of) {
+			if err := s.sendRoot(ctx, of, name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // nextJob takes the next job. When there is none it returns false, and the goroutine
@@ -214,7 +280,13 @@ func (s *session) nextJob() (job, bool) {
 			// No longer owed before it is read: a change from here on is delivered,
 			// one from before is in the root.
 			delete(s.owed, name)
-			return job{kind: jobRoot, name: name}, true
+			return job{kind: jobOwed, name: name}, true
+		}
+		if subs := s.takeOwedQueriesLocked(); len(subs) > 0 {
+			return job{kind: jobCall, do: func(context.Context) error {
+				s.k.hub.queries.refresh(subs)
+				return nil
+			}}, true
 		}
 	}
 	if len(s.jobs) == 0 {
@@ -227,7 +299,7 @@ func (s *session) nextJob() (job, bool) {
 		parent := j.paths[0][:merkle.Depth-1]
 		for ; n < len(s.jobs) && n < leavesAtOnce; n++ {
 			next := s.jobs[n]
-			if next.kind != jobBuckets || next.name != j.name || len(next.paths[0]) != merkle.Depth ||
+			if next.kind != jobBuckets || next.of != j.of || next.name != j.name || len(next.paths[0]) != merkle.Depth ||
 				!strings.HasPrefix(next.paths[0], parent) {
 				break
 			}
@@ -254,21 +326,50 @@ func (s *session) waitFor(done <-chan struct{}) bool {
 	}
 }
 
-func (s *session) join(name string) error {
+func (s *session) join(name string, of kinds) error {
 	ctx, cancel := context.WithTimeout(s.ctx, s.k.cfg.ReadTimeout)
 	defer cancel()
-	return s.k.hub.join(ctx, s, name)
-}
-
-// answerInit answers a SYNC_INIT: first the records that arrived since the client last
-// synced, then the root. A client that merged them finds its root equal and is done,
-// after one round trip; if it is not equal, it walks the tree. The tree is the proof
-// and time only the shortcut: lastSyncTimestamp says little about a particular map
-// (PROTOCOL 22.3), and a wrong one costs bytes, never data.
-func (s *session) answerInit(j job) error {
-	if err := s.join(j.name); err != nil {
+	if err := s.k.hub.join(ctx, s, name, of); err != nil {
 		return err
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if seen := s.maps[name]; seen != nil {
+		seen.lww.joined = seen.lww.joined || of.has(kindLWW)
+		seen.or.joined = seen.or.joined || of.has(kindOR)
+	}
+	return nil
+}
+
+// joinFirst has the session told of the changes of a map whose buckets it asks for,
+// before they are read.
+func (s *session) joinFirst(name string, of mapKind) error {
+	s.mu.Lock()
+	seen := s.maps[name]
+	joined := seen == nil || seen.of(of).joined
+	s.mu.Unlock()
+	if joined {
+		return nil
+	}
+	return s.join(name, setOf(of))
+}
+
+// answerInit answers a SYNC_INIT or ORMAP_SYNC_INIT: first the records that arrived since
+// the client last synced, then the root. A client that merged them finds its root equal and is done,
+// after one round trip; if it is not equal, it walks the tree. The tree is the proof
+// and time only the shortcut: lastSyncTimestamp says little about a particular map
+// (PROTOCOL 22.3), and a wrong one costs bytes, never data. A client that was away longer
+// than tombstones are kept gets neither: it must give up its copy (PROTOCOL 22.5).
+func (s *session) answerInit(j job) error {
+	if err := s.join(j.name, setOf(j.of)); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, s.k.cfg.ReadTimeout)
+	defer cancel()
+	if s.awayTooLong(ctx, j) {
+		return s.sendReset(ctx, j.of, j.name)
+	}
+	s.pruneFirst(j.since)
 	// Arrivals may be seconds ahead of the wall clock after a restart; a time further
 	// ahead than any of ours explains nothing, and leaves the root alone to speak.
 	start := uint64(max(0, s.k.now().UnixMilli()))
@@ -276,39 +377,39 @@ func (s *session) answerInit(j job) error {
 		if err := s.k.pushes.Acquire(s.ctx, 1); err != nil {
 			return err
 		}
-		pushed, err := s.push(j.name, j.since, start)
+		pushed, err := s.push(j, start)
 		s.k.pushes.Release(1)
 		if err != nil {
 			return err
 		}
-		if !s.settle(pushed) {
+		if !s.letMerge(pushed) {
 			return context.Canceled
 		}
 	}
-	ctx, cancel := context.WithTimeout(s.ctx, s.k.cfg.ReadTimeout)
+	ctx, cancel = context.WithTimeout(s.ctx, s.k.cfg.ReadTimeout)
 	defer cancel()
-	return s.sendRoot(ctx, j.name)
+	return s.sendRoot(ctx, j.of, j.name)
 }
 
 const (
-	// settleBase and settlePerRecord are what a client gets to merge a push before the
-	// root follows; maxSettle bounds it. The TypeScript client handles frames in
+	// mergeBase and mergePerRecord are what a client gets to merge a push before the
+	// root follows; maxMerge bounds it. The TypeScript client handles frames in
 	// order but awaits its storage between records, so a root right behind the records
 	// meets an unfinished tree and starts a walk that fetches them again. Measured with
 	// that client: 3 records and a root in one write cost a walk nearly every time. A
 	// slower client walks, which costs bytes only.
-	settleBase      = 5 * time.Millisecond
-	settlePerRecord = 2 * time.Microsecond
-	maxSettle       = 500 * time.Millisecond
+	mergeBase      = 5 * time.Millisecond
+	mergePerRecord = 2 * time.Microsecond
+	maxMerge       = 500 * time.Millisecond
 )
 
-// settle waits while the client merges the records pushed to it; false means that the
+// letMerge waits while the client merges the records pushed to it; false means that the
 // session ended.
-func (s *session) settle(records int) bool {
+func (s *session) letMerge(records int) bool {
 	if records == 0 {
 		return true
 	}
-	timer := time.NewTimer(min(settleBase+time.Duration(records)*settlePerRecord, maxSettle))
+	timer := time.NewTimer(min(mergeBase+time.Duration(records)*mergePerRecord, maxMerge))
 	defer timer.Stop()
 	select {
 	case <-timer.C:
@@ -323,23 +424,38 @@ const maxCounter = 1 << 53
 
 // push sends the records that arrived after a time, 0 meaning all, up to the time at
 // which the push began: what arrives later comes as an event. It returns how many.
-func (s *session) push(name string, since, start uint64) (pushed int, err error) {
+func (s *session) push(j job, start uint64) (pushed int, err error) {
 	var after hlc.Timestamp
-	if since > 0 {
-		after = hlc.Timestamp{Millis: since, Counter: maxCounter}
+	if j.since > 0 && !j.blank { // a client that has nothing gets all, however it came by its time
+		after = hlc.Timestamp{Millis: j.since, Counter: maxCounter}
 	}
+	removed := keyed{}
 	for {
 		ctx, cancel := context.WithTimeout(s.ctx, s.k.cfg.ReadTimeout)
-		p, err := s.k.router.Since(ctx, name, after, pushRecords, pushBytes)
+		p, err := s.k.router.Since(ctx, j.of, j.name, after, pushRecords, pushBytes)
 		cancel()
 		if err != nil {
 			return pushed, err
 		}
-		if len(p.records) > 0 && !s.sendLeaf(name, "", p.records) {
+		sent := true
+		if j.of == kindOR {
+			sent = s.sendDiff(j.name, p.records)
+			for _, r := range p.records {
+				if r.Record.Deleted() {
+					removed = r
+				}
+			}
+		} else if len(p.records) > 0 {
+			sent = s.sendLeaf(j.name, "", p.records)
+		}
+		if !sent {
 			return pushed, context.Canceled
 		}
 		pushed += len(p.records)
 		if !p.more || p.covered.Millis > start {
+			if removed.tag != "" {
+				s.sendRemoval(j.name, removed)
+			}
 			return pushed, nil
 		}
 		after = p.covered
@@ -347,34 +463,39 @@ func (s *session) push(name string, since, start uint64) (pushed int, err error)
 }
 
 // sendRoot sends a root that is read after the call.
-func (s *session) sendRoot(ctx context.Context, name string) error {
-	t, err := s.k.trees.fresh(ctx, name, s.combining())
+func (s *session) sendRoot(ctx context.Context, of mapKind, name string) error {
+	t, err := s.k.trees.fresh(ctx, of, name, s.combining())
 	if err != nil {
 		return err
 	}
-	s.sendSync(&wire.SyncRespRoot{
-		MapName:   name,
-		RootHash:  t.Root(),
-		Timestamp: hlc.Timestamp{Millis: t.state.nowMillis, NodeID: serverNode},
-	})
+	s.rooted(of, name, t)
+	now := hlc.Timestamp{Millis: t.state.nowMillis, NodeID: serverNode}
+	if of == kindOR {
+		s.sendSync(&wire.ORMapSyncRespRoot{MapName: name, RootHash: t.Root(), Timestamp: now})
+	} else {
+		s.sendSync(&wire.SyncRespRoot{MapName: name, RootHash: t.Root(), Timestamp: now})
+	}
 	return nil
 }
 
-// answerBuckets answers a MERKLE_REQ_BUCKET, or several for leaves of one parent. A
-// path with nothing below gets an empty answer: silence would leave the client
-// waiting.
+// answerBuckets answers a bucket request, or several for leaves of one parent. A path
+// with nothing below gets an empty answer: silence would leave the client waiting.
 func (s *session) answerBuckets(ctx context.Context, j job) error {
 	if path := j.paths[0]; len(path) < merkle.Depth {
-		t, err := s.k.trees.recent(ctx, j.name, s.combining())
+		t, err := s.k.trees.recent(ctx, j.of, j.name, s.combining())
 		if err != nil {
 			return err
 		}
 		digits, hashes, _ := t.Buckets(path) // the path was checked when it came
-		answer := &wire.SyncRespBuckets{MapName: j.name, Path: path, Buckets: make([]wire.Bucket, len(digits))}
+		buckets := make([]wire.Bucket, len(digits))
 		for i := range digits {
-			answer.Buckets[i] = wire.Bucket{Digit: digits[i], Hash: hashes[i]}
+			buckets[i] = wire.Bucket{Digit: digits[i], Hash: hashes[i]}
 		}
-		s.sendSync(answer)
+		if j.of == kindOR {
+			s.sendSync(&wire.ORMapSyncRespBuckets{MapName: j.name, Path: path, Buckets: orBuckets(path, buckets)})
+		} else {
+			s.sendSync(&wire.SyncRespBuckets{MapName: j.name, Path: path, Buckets: buckets})
+		}
 		return nil
 	}
 	first, last, _ := merkle.LeafRange(j.paths[0])
@@ -382,11 +503,11 @@ func (s *session) answerBuckets(ctx context.Context, j job) error {
 		leaf, _, _ := merkle.LeafRange(path)
 		first, last = min(first, leaf), max(last, leaf)
 	}
-	records, err := s.k.router.Records(ctx, j.name, first, last)
+	records, err := s.k.router.Records(ctx, j.of, j.name, first, last)
 	if err != nil {
 		return err
 	}
-	byLeaf := make(map[int][]wire.KeyedRecord, len(j.paths))
+	byLeaf := make(map[int][]keyed, len(j.paths))
 	if len(j.paths) == 1 {
 		byLeaf[first] = records
 	} else {
@@ -397,7 +518,11 @@ func (s *session) answerBuckets(ctx context.Context, j job) error {
 	}
 	for _, path := range j.paths {
 		leaf, _, _ := merkle.LeafRange(path)
-		if !s.sendLeaf(j.name, path, byLeaf[leaf]) {
+		send := s.sendLeaf
+		if j.of == kindOR {
+			send = s.sendORLeaf
+		}
+		if !send(j.name, path, byLeaf[leaf]) {
 			return nil
 		}
 	}
@@ -406,7 +531,7 @@ func (s *session) answerBuckets(ctx context.Context, j job) error {
 
 // sendLeaf sends records in frames of about pushBytes, at least one frame, waiting for
 // room before each. It returns false if the session ended meanwhile.
-func (s *session) sendLeaf(name, path string, records []wire.KeyedRecord) bool {
+func (s *session) sendLeaf(name, path string, records []keyed) bool {
 	for {
 		buf := encodeBuffers.Get().(*[]byte)
 		w := wire.BeginLeaf((*buf)[:0], name, path)

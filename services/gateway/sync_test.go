@@ -235,43 +235,24 @@ func TestRootHoldsOwnOps(t *testing.T) {
 }
 
 // PROTOCOL 8.2: a map opened late is never SYNC_INITed by the client, so its first op
-// or query gets it the root, once, and its changes from then on.
+// gets it the root, once, and its changes from then on. Of queries see TestQueryProbesTheMap.
 func TestUnaskedRoot(t *testing.T) {
-	for name, show := range map[string]func(*wsClient){
-		"op": func(p *wsClient) {
-			p.send(&wire.OpBatch{Ops: []wire.Op{putOp("1", "m", "mine", "v", stamp(5))}})
-			expect[*wire.OpAck](p)
-		},
-		"query": func(p *wsClient) {
-			p.send(&wire.QuerySub{QueryID: "q", MapName: "m", Query: []byte{0x80}})
-			if m := expect[*wire.QueryResp](p); m.QueryID != "q" || m.Code != "NOT_SUPPORTED" || len(m.Results) != 0 {
-				p.t.Errorf("response %+v", m)
-			}
-			if m := expect[*wire.ErrorMessage](p); m.Code != 501 {
-				p.t.Errorf("error %+v", m)
-			}
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			b := setup(t, nil, nil)
-			stamps := b.fill("m", 10, "v")
-			p := b.hello(t)
-			show(p)
-			if name == "op" {
-				stamps["mine"] = stamp(5)
-			}
-			if root := expect[*wire.SyncRespRoot](p); root.RootHash != rootOf(stamps, merkle.Mixed) {
-				t.Errorf("root %d", root.RootHash)
-			}
-			b.partition.put("m", "theirs", packed("v"), stamp(9))
-			if e := expect[*wire.ServerEvent](p); e.Key != "theirs" {
-				t.Errorf("event %+v", e)
-			}
-			p.send(&wire.OpBatch{Ops: []wire.Op{putOp("2", "m", "again", "v", stamp(6))}})
-			expect[*wire.OpAck](p)
-			p.ping() // no second root
-		})
+	b := setup(t, nil, nil)
+	stamps := b.fill("m", 10, "v")
+	p := b.hello(t)
+	p.send(&wire.OpBatch{Ops: []wire.Op{putOp("1", "m", "mine", "v", stamp(5))}})
+	expect[*wire.OpAck](p)
+	stamps["mine"] = stamp(5)
+	if root := expect[*wire.SyncRespRoot](p); root.RootHash != rootOf(stamps, merkle.Mixed) {
+		t.Errorf("root %d", root.RootHash)
 	}
+	b.partition.put("m", "theirs", packed("v"), stamp(9))
+	if e := expect[*wire.ServerEvent](p); e.Key != "theirs" {
+		t.Errorf("event %+v", e)
+	}
+	p.send(&wire.OpBatch{Ops: []wire.Op{putOp("2", "m", "again", "v", stamp(6))}})
+	expect[*wire.OpAck](p)
+	p.ping() // no second root
 }
 
 // An op on a map that was SYNC_INITed brings no root.

@@ -41,6 +41,7 @@ type forest struct {
 }
 
 type treeKey struct {
+	of      mapKind
 	name    string
 	combine merkle.Combine
 }
@@ -71,8 +72,8 @@ func newForest(k *sockets) *forest {
 }
 
 // fresh returns a tree that was read after the call.
-func (f *forest) fresh(ctx context.Context, name string, combine merkle.Combine) (*tree, error) {
-	key := treeKey{name, combine}
+func (f *forest) fresh(ctx context.Context, of mapKind, name string, combine merkle.Combine) (*tree, error) {
+	key := treeKey{of, name, combine}
 	f.mu.Lock()
 	g := f.trees[key]
 	if g == nil {
@@ -101,15 +102,15 @@ func (f *forest) fresh(ctx context.Context, name string, combine merkle.Combine)
 }
 
 // recent returns a tree that is at most treeAge old.
-func (f *forest) recent(ctx context.Context, name string, combine merkle.Combine) (*tree, error) {
+func (f *forest) recent(ctx context.Context, of mapKind, name string, combine merkle.Combine) (*tree, error) {
 	f.mu.Lock()
-	g := f.trees[treeKey{name, combine}]
+	g := f.trees[treeKey{of, name, combine}]
 	if g != nil && g.tree != nil && f.k.now().Sub(g.tree.began) <= treeAge {
 		defer f.mu.Unlock()
 		return g.tree, nil
 	}
 	f.mu.Unlock()
-	return f.fresh(ctx, name, combine)
+	return f.fresh(ctx, of, name, combine)
 }
 
 // read reads until nobody waits for another tree.
@@ -117,7 +118,7 @@ func (f *forest) read(key treeKey, g *grove) {
 	for {
 		began := f.k.now()
 		ctx, cancel := context.WithTimeout(f.k.base, f.k.cfg.ReadTimeout)
-		state, err := f.k.router.Leaves(ctx, key.name, key.combine)
+		state, err := f.k.router.Leaves(ctx, key.of, key.name, key.combine)
 		cancel()
 		var t *tree
 		if err == nil {

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"encoding/binary"
 	"net"
 	"slices"
 	"sync"
@@ -24,6 +25,12 @@ const (
 	urgentFrames = 128
 	// keepItems is the queue capacity that an idle session keeps.
 	keepItems = 8
+	// gatherFrames and more frames that wait together travel as one BATCH (PROTOCOL 2.4):
+	// a client is woken once for all of them. None above gatherEach is copied for that,
+	// and no BATCH is above gatherBytes.
+	gatherFrames = 3
+	gatherEach   = 8 << 10
+	gatherBytes  = 60 << 10
 )
 
 // lane is a queue of an outbox. A lane is written before the next one.
@@ -42,20 +49,27 @@ const (
 // other sessions and never change.
 type frame struct {
 	bytes []byte
-	// topic is the map of live events; nil for everything that must not be dropped.
-	topic *topic
+	// Of what may be dropped one is set: the map of live events, the query of its
+	// results, or that it is a message of a topic.
+	events *watched
+	query  *querySub
+	topic  bool
 }
+
+func (f *frame) droppable() bool { return f.events != nil || f.query != nil || f.topic }
 
 // outbox is what waits to be written to one session. The session's mu guards it.
 //
 // Bounds: urgent by count, above which the session is closed; replies and the sync
-// part of bulk by bytes, at which their makers wait; events by count and bytes, above
-// which those that wait are dropped and their maps owed a fresh root instead.
+// part of bulk by bytes, at which their makers wait; what comes from the fanout stream by
+// count and bytes together, above which events and results that wait are dropped and
+// their maps owed a fresh root instead, their queries a fresh result. A message of a topic
+// that does not fit is lost.
 type outbox struct {
 	lanes       [bulk + 1][]frame
 	replyBytes  int
 	syncBytes   int
-	events      int // frames of bulk that are events
+	events      int // frames of bulk that may be dropped
 	eventBytes  int
 	urgentBytes int
 	// writing: the writing goroutine runs. It ends when nothing waits.
@@ -68,6 +82,11 @@ type outbox struct {
 
 func (o *outbox) queuedBytes() int {
 	return o.urgentBytes + o.replyBytes + o.syncBytes + o.eventBytes
+}
+
+// fullLocked reports that n bytes more of what may be dropped do not fit.
+func (o *outbox) fullLocked(cfg Config, n int) bool {
+	return o.events >= cfg.QueueMessages || o.eventBytes+n > cfg.QueueBytes
 }
 
 // shut reports that nothing is taken any more.
@@ -172,7 +191,7 @@ func (s *session) pushWaiting(l lane, bytes []byte) bool {
 
 // deliverLocked queues live events of a map; s.mu is held. The caller starts the
 // writer, for many sessions at once. It reports whether there is something to write.
-func (s *session) deliverLocked(t *topic, bytes []byte) bool {
+func (s *session) deliverLocked(t *watched, bytes []byte) bool {
 	switch {
 	case s.out.shut():
 		return false
@@ -180,29 +199,34 @@ func (s *session) deliverLocked(t *topic, bytes []byte) bool {
 		return false // a root that is read after this change will speak for it
 	}
 	// An empty queue takes the events of any one commit, whose size is bounded.
-	if s.out.events > 0 &&
-		(s.out.events >= s.k.cfg.QueueMessages || s.out.eventBytes+len(bytes) > s.k.cfg.QueueBytes) {
-		s.dropEventsLocked()
+	if s.out.events > 0 && s.out.fullLocked(s.k.cfg, len(bytes)) {
+		s.dropFramesLocked(func(f *frame) bool { return f.events != nil || f.query != nil })
 		s.oweLocked(t.name)
 		return false
 	}
-	s.pushLocked(bulk, frame{bytes: bytes, topic: t})
+	s.pushLocked(bulk, frame{bytes: bytes, events: t})
 	return true
 }
 
-// dropEventsLocked removes the events that wait; their maps are owed a root.
-// The roots follow once the write that is under way has come to its end: as long
-// as it does not, they would only wait with the rest.
-func (s *session) dropEventsLocked() {
-	s.k.meters.dropped(s.out.events)
+// dropFramesLocked removes waiting frames that may be dropped; their maps are owed a root,
+// their queries a result. These follow once the write that is under way has come to its
+// end: as long as it does not, they would only wait with the rest.
+func (s *session) dropFramesLocked(which func(*frame) bool) {
+	before := s.out.events
 	s.out.lanes[bulk] = slices.DeleteFunc(s.out.lanes[bulk], func(f frame) bool {
-		if f.topic == nil {
+		if !f.droppable() || !which(&f) {
 			return false
 		}
-		s.oweLocked(f.topic.name)
+		s.countLocked(bulk, f, -1)
+		if f.events != nil {
+			s.oweLocked(f.events.name)
+		}
+		if f.query != nil {
+			s.oweQueryLocked(f.query)
+		}
 		return true
 	})
-	s.out.events, s.out.eventBytes = 0, 0
+	s.k.meters.dropped(before - s.out.events)
 }
 
 func (s *session) pushLocked(l lane, f frame) {
@@ -217,7 +241,7 @@ func (s *session) countLocked(l lane, f frame, sign int) {
 		s.out.urgentBytes += n
 	case l == replies:
 		s.out.replyBytes += n
-	case f.topic != nil:
+	case f.droppable():
 		s.out.events += sign
 		s.out.eventBytes += n
 	default:
@@ -232,19 +256,30 @@ func (s *session) startWriterLocked() {
 	}
 }
 
-var writeBatches = sync.Pool{New: func() any { return new(net.Buffers) }}
+// batch is what one write needs: the frames, and to gather some of them their payloads
+// and the bytes of the frames that hold them.
+type batch struct {
+	bufs  net.Buffers
+	run   [][]byte
+	bytes []byte
+}
+
+var writeBatches = sync.Pool{New: func() any { return new(batch) }}
 
 // write writes until nothing waits. It is the only goroutine that writes to the
 // connection; it exists only while there is something to write.
 func (s *session) write() {
-	batch := writeBatches.Get().(*net.Buffers)
-	defer writeBatches.Put(batch)
+	b := writeBatches.Get().(*batch)
+	defer writeBatches.Put(b)
 	for {
-		bufs, last, ok := s.takeFrames((*batch)[:0])
+		bufs, ahead, last, ok := s.takeFrames(b.bufs[:0])
 		if !ok {
 			break
 		}
-		*batch = bufs[:0] // WriteTo moves its own header along the slice
+		if len(bufs)-ahead >= gatherFrames {
+			bufs = b.gather(bufs, ahead)
+		}
+		b.bufs = bufs[:0] // WriteTo moves its own header along the slice
 		s.writeBy.Store(s.k.now().Add(s.k.cfg.WriteTimeout).UnixNano())
 		var err error
 		if len(bufs) == 1 {
@@ -262,18 +297,78 @@ func (s *session) write() {
 			break
 		}
 	}
-	clear((*batch)[:cap(*batch)])
+	clear(b.bufs[:cap(b.bufs)])
+	clear(b.run[:cap(b.run)])
+	if cap(b.bytes) > keepEncodeBuffer {
+		b.bytes = nil
+	}
 }
 
-// takeFrames takes what the next writev carries, in the order of the lanes. last
-// says that the close frame is among it. When nothing waits it returns false, and
+// gather wraps runs of small frames, from the first'th on, in BATCH frames. It works in
+// place; the frames that it makes are good until the next call.
+func (b *batch) gather(bufs net.Buffers, first int) net.Buffers {
+	b.bytes, b.run = b.bytes[:0], b.run[:0]
+	out, size := bufs[:first], 0
+	flush := func(next int) {
+		if n := len(b.run); n < gatherFrames {
+			out = append(out, bufs[next-n:next]...)
+		} else {
+			at := len(b.bytes)
+			b.bytes = append(b.bytes, binaryFrame, 126, 0, 0)
+			b.bytes = wire.AppendBatch(b.bytes, b.run...)
+			binary.BigEndian.PutUint16(b.bytes[at+2:], uint16(len(b.bytes)-at-4)) // see minGather and gatherBytes
+			out = append(out, b.bytes[at:len(b.bytes):len(b.bytes)])
+		}
+		b.run, size = b.run[:0], 0
+	}
+	for i := first; i < len(bufs); i++ {
+		payload := singlePayload(bufs[i])
+		if payload == nil || size+len(payload) > gatherBytes {
+			flush(i)
+		}
+		if payload == nil {
+			out = append(out, bufs[i])
+			continue
+		}
+		b.run = append(b.run, payload)
+		size += len(payload) + 4
+	}
+	flush(len(bufs))
+	return out
+}
+
+// binaryFrame begins every frame that appendFrame makes of a message.
+const binaryFrame = 0x80 | byte(ws.OpBinary)
+
+// singlePayload returns the payload of a small binary frame; nil if it is not small, or
+// several.
+func singlePayload(frame []byte) []byte {
+	if len(frame) < minGather || len(frame) > gatherEach || frame[0] != binaryFrame {
+		return nil
+	}
+	n, head := int(frame[1]), 2
+	if n == 126 {
+		n, head = int(binary.BigEndian.Uint16(frame[2:])), 4
+	}
+	if len(frame) != head+n {
+		return nil
+	}
+	return frame[head:]
+}
+
+// minGather keeps a BATCH of three above the 125 bytes of the shortest header. No message
+// on the lanes that are gathered is smaller.
+const minGather = 36
+
+// takeFrames takes what the next writev carries, in the order of the lanes; the first
+// ahead of them are urgent. last says that the close frame is among it. When nothing waits it returns false, and
 // the goroutine that called it is no longer the writer.
-func (s *session) takeFrames(bufs net.Buffers) (_ net.Buffers, last, ok bool) {
+func (s *session) takeFrames(bufs net.Buffers) (_ net.Buffers, ahead int, last, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.out.lost {
 		s.out.writing = false
-		return nil, false, false
+		return nil, 0, false, false
 	}
 	size := 0
 	for l := range s.out.lanes {
@@ -288,22 +383,25 @@ func (s *session) takeFrames(bufs net.Buffers) (_ net.Buffers, last, ok bool) {
 			queue = nil
 		}
 		s.out.lanes[l] = queue
+		if lane(l) == urgent {
+			ahead = len(bufs)
+		}
 	}
 	if size > 0 {
 		s.room.Broadcast()
 	}
-	if s.out.events == 0 && len(s.owed) > 0 {
-		s.startWorkersLocked() // drained: the owed roots can be sent
+	if s.out.events == 0 && len(s.owed)+len(s.owedQueries) > 0 {
+		s.startWorkersLocked() // drained: what is owed can be sent
 	}
 	if s.out.last != nil && len(bufs) < writeFrames && size < writeBytes {
 		bufs = append(bufs, s.out.last)
-		return bufs, true, true
+		return bufs, ahead, true, true
 	}
 	if len(bufs) == 0 {
 		s.out.writing = false
-		return nil, false, false
+		return nil, 0, false, false
 	}
-	return bufs, false, true
+	return bufs, ahead, false, true
 }
 
 // halfClose ends our side of the connection after the close frame, so that the

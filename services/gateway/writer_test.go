@@ -146,7 +146,7 @@ func TestUrgentGoesFirst(t *testing.T) {
 	if reason := k.reserve(clientAddr(&http.Request{RemoteAddr: "192.0.2.1:1"})); reason != "" {
 		t.Fatal(reason)
 	}
-	k.open(server, clientAddr(&http.Request{RemoteAddr: "192.0.2.1:1"}), nil)
+	k.open(server, clientAddr(&http.Request{RemoteAddr: "192.0.2.1:1"}), "ws://test", nil)
 	p := &wsClient{t: t, conn: client, r: client}
 	t.Cleanup(func() { _ = client.Close() })
 	s := k.snapshot()[0]

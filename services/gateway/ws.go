@@ -24,6 +24,7 @@ import (
 
 	"github.com/topgun-sync/topgun/core/wire"
 	"github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1/fanoutv1connect"
+	"github.com/topgun-sync/topgun/gen/go/topgun/persistence/v1/persistencev1connect"
 	"github.com/topgun-sync/topgun/services/gateway/auth"
 )
 
@@ -53,12 +54,17 @@ type sockets struct {
 	meters   *meters
 	now      func() time.Time
 
-	hub     *hub
-	trees   *forest
-	inbound budget
-	pushes  *semaphore.Weighted
-	tick    time.Duration
-	linger  time.Duration
+	hub         *hub
+	fanout      fanoutv1connect.FanoutServiceClient
+	persistence persistencev1connect.PersistenceServiceClient
+	concerns    *concerns
+	trees       *forest
+	devices     *devices
+	keeper      *keeper
+	inbound     budget
+	pushes      *semaphore.Weighted
+	tick        time.Duration
+	linger      time.Duration
 
 	// base ends when run is over; sessions live no longer than that.
 	base   context.Context
@@ -82,35 +88,38 @@ type sockets struct {
 // socketDeps lists what sockets works with. Meter and Tracer may be no-ops; Now and
 // Rand may be nil as in Deps.
 type socketDeps struct {
-	router   *router
-	verifier *auth.Verifier
-	origins  *origins
-	fanout   fanoutv1connect.FanoutServiceClient
-	log      *slog.Logger
-	meter    metric.Meter
-	tracer   trace.Tracer
-	now      func() time.Time
-	random   io.Reader
+	router      *router
+	verifier    *auth.Verifier
+	origins     *origins
+	fanout      fanoutv1connect.FanoutServiceClient
+	persistence persistencev1connect.PersistenceServiceClient
+	log         *slog.Logger
+	meter       metric.Meter
+	tracer      trace.Tracer
+	now         func() time.Time
+	random      io.Reader
 }
 
 // newSockets allocates only; run starts the work.
 func newSockets(cfg Config, deps socketDeps) (*sockets, error) {
 	k := &sockets{
-		cfg:      cfg,
-		router:   deps.router,
-		verifier: deps.verifier,
-		origins:  deps.origins,
-		log:      deps.log,
-		tracer:   deps.tracer,
-		now:      deps.now,
-		random:   deps.random,
-		inbound:  budget{limit: inboundBudget},
-		pushes:   semaphore.NewWeighted(maxPushes),
-		tick:     sweepEvery,
-		linger:   lingerTime,
-		sessions: make(map[uint64]*session),
-		perAddr:  make(map[netip.Addr]int),
-		gone:     make(chan struct{}),
+		cfg:         cfg,
+		router:      deps.router,
+		verifier:    deps.verifier,
+		origins:     deps.origins,
+		log:         deps.log,
+		tracer:      deps.tracer,
+		now:         deps.now,
+		random:      deps.random,
+		inbound:     budget{limit: inboundBudget},
+		fanout:      deps.fanout,
+		persistence: deps.persistence,
+		pushes:      semaphore.NewWeighted(maxPushes),
+		tick:        sweepEvery,
+		linger:      lingerTime,
+		sessions:    make(map[uint64]*session),
+		perAddr:     make(map[netip.Addr]int),
+		gone:        make(chan struct{}),
 	}
 	if k.now == nil {
 		k.now = time.Now
@@ -123,7 +132,10 @@ func newSockets(cfg Config, deps socketDeps) (*sockets, error) {
 	k.incarnation = hex.EncodeToString(unique[:])
 	k.base, k.cancel = context.WithCancel(context.Background())
 	k.trees = newForest(k)
+	k.devices = newDevices(k)
+	k.keeper = newKeeper(k)
 	k.hub = newHub(cfg.GatewayID, deps.fanout, deps.log, k.now)
+	k.concerns = newConcerns(deps.persistence, k.router.history, deps.log)
 	var err error
 	if k.meters, err = newMeters(deps.meter); err != nil {
 		return nil, err
@@ -137,12 +149,16 @@ func (k *sockets) run(ctx context.Context) error {
 	hubCtx, stopHub := context.WithCancel(k.base)
 	defer stopHub()
 	k.wg.Go(func() { k.hub.run(hubCtx) })
+	k.wg.Go(func() { k.concerns.run(k.base) })
 	k.wg.Go(func() { k.sweep(k.base) })
+	k.wg.Go(func() { k.devices.run(k.base) })
+	k.wg.Go(func() { k.keeper.run(k.base) })
 	<-ctx.Done()
 
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), k.cfg.DrainTimeout)
 	defer cancel()
 	k.drain(drain, k.cfg.DrainTimeout/2)
+	k.devices.flush(drain)
 	k.cancel()
 	k.wg.Wait()
 	return nil
@@ -210,7 +226,7 @@ func (k *sockets) serve(w http.ResponseWriter, r *http.Request) {
 		early, _ = rw.Reader.Peek(n) // cannot fail: n bytes are buffered
 		early = slices.Clone(early)
 	}
-	k.open(conn, addr, early)
+	k.open(conn, addr, k.endpoint(r), early)
 }
 
 var errDraining = fixedError("DRAINING: the gateway takes no new sessions")
@@ -257,7 +273,7 @@ func (k *sockets) releaseAddr(addr netip.Addr) {
 }
 
 // open makes a reserved place a session and starts it.
-func (k *sockets) open(conn net.Conn, addr netip.Addr, early []byte) {
+func (k *sockets) open(conn net.Conn, addr netip.Addr, at string, early []byte) {
 	k.mu.Lock()
 	k.reserved--
 	if k.draining {
@@ -267,7 +283,7 @@ func (k *sockets) open(conn net.Conn, addr netip.Addr, early []byte) {
 		return
 	}
 	k.lastID++
-	s := newSession(k, k.lastID, conn, addr, early)
+	s := newSession(k, k.lastID, conn, addr, at, early)
 	k.sessions[s.id] = s
 	k.wg.Add(1) // under the lock, so that run does not wait before it
 	k.mu.Unlock()

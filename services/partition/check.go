@@ -9,6 +9,7 @@ import (
 
 	"github.com/topgun-sync/topgun/core/merkle"
 	"github.com/topgun-sync/topgun/core/msgval"
+	"github.com/topgun-sync/topgun/core/pncounter"
 	partitionv1 "github.com/topgun-sync/topgun/gen/go/topgun/partition/v1"
 	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 )
@@ -16,12 +17,20 @@ import (
 // Bounds of partition.proto and types.proto.
 const (
 	maxOps    = 10_000
+	maxTag    = 256
+	maxName   = 256 // of a counter
 	maxOrigin = 128
 	maxMap    = 128
 	maxKey    = 512
 	maxNode   = 128
 	maxValue  = 256 << 10
 	maxNumber = 1 << 53
+)
+
+// The maps of our own, which no client can name.
+const (
+	devicesMap    = "$devices" // an LWW-map: what is known of devices
+	counterPrefix = "+"        // and a counter's name
 )
 
 // checkApply reports a request that its caller made wrong.
@@ -49,8 +58,12 @@ func fillGroup(g *group, ops *partitionv1.ShardOps, shards int) bool {
 	g.ops = make([]op, len(ops.GetOps()))
 	for i, from := range ops.GetOps() {
 		to := &g.ops[i]
-		to.table, to.key, to.record = from.GetMap(), from.GetKey(), recordFromProto(from.GetRecord())
+		to.kind, to.table, to.key = kindOf(from.GetKind()), from.GetMap(), from.GetKey()
+		to.record = recordFromProto(from.GetRecord())
 		to.hash = merkle.HashBytes(to.key)
+		if to.kind != lww {
+			to.key = joinTag(to.key, []byte(from.GetTag()))
+		}
 		if to.reason = checkOp(from); to.reason != "" {
 			to.outcome = rejected
 		} else if shardOf(to.hash, shards) != int(ops.GetShard()) {
@@ -65,13 +78,16 @@ func fillGroup(g *group, ops *partitionv1.ShardOps, shards int) bool {
 // they reach clients and never repeat input.
 func checkOp(o *partitionv1.Op) string {
 	r, key := o.GetRecord(), o.GetKey()
+	if reason := checkKind(o); reason != "" {
+		return reason
+	}
 	switch {
-	case !validMap(o.GetMap()):
-		return "BAD_MAP_NAME: a map is named by a letter or '_' and up to 127 letters, digits, '_', '.', ':' or '-'"
 	case len(key) == 0 || len(key) > maxKey || bytes.IndexByte(key, 0) >= 0 || !utf8.Valid(key):
 		return "BAD_KEY: a key must be 1 to 512 bytes of UTF-8 without NUL"
 	case r == nil:
 		return "BAD_MESSAGE: the record is missing"
+	case o.GetKind() == counter:
+		return checkSides(r.GetValue())
 	case !validStamp(r.GetTimestamp()):
 		return "BAD_TIMESTAMP: millis and counter must be at most 2^53, the node id 1 to 128 bytes of UTF-8 without ':'"
 	case len(r.GetValue()) > maxValue:
@@ -80,6 +96,54 @@ func checkOp(o *partitionv1.Op) string {
 		return "BAD_MESSAGE: the value is not one msgpack value of bounded depth"
 	}
 	return ""
+}
+
+// checkKind checks what is different for each kind: the map's name and the tag.
+func checkKind(o *partitionv1.Op) string {
+	const badMap = "BAD_MAP_NAME: a map is named by a letter or '_' and up to 127 letters, digits, '_', '.', ':' or '-'"
+	name, tag := o.GetMap(), o.GetTag()
+	switch kindOf(o.GetKind()) {
+	case lww:
+		if !validMap(name) && name != devicesMap {
+			return badMap
+		}
+		if tag != "" {
+			return "BAD_TAG: a record of an LWW-map has no tag"
+		}
+	case or:
+		if !validMap(name) {
+			return badMap
+		}
+		if !validText(tag, maxTag) {
+			return "BAD_TAG: a tag must be 1 to 256 bytes of UTF-8 without NUL"
+		}
+	case counter:
+		key := string(o.GetKey())
+		if name != counterPrefix+key || !validText(key, maxName) {
+			return "BAD_NAME: a counter's map is '+' and its name, its key the name, 1 to 256 bytes of UTF-8 without NUL"
+		}
+		if !validText(tag, maxNode) {
+			return "BAD_NODE: a counter's node must be 1 to 128 bytes of UTF-8 without NUL"
+		}
+	default:
+		return "BAD_KIND: an op must be of the kind LWW, OR or COUNTER"
+	}
+	return ""
+}
+
+func checkSides(value []byte) string {
+	sides, ok := pncounter.ParseSides(value)
+	switch {
+	case !ok:
+		return "BAD_MESSAGE: the value of a counter's node must be an array of two integers that are not negative"
+	case max(sides.Positive, sides.Negative) > pncounter.MaxSum:
+		return reasonTooLarge
+	}
+	return ""
+}
+
+func validText(s string, most int) bool {
+	return s != "" && len(s) <= most && strings.IndexByte(s, 0) < 0 && utf8.ValidString(s)
 }
 
 func validMap(name string) bool {

@@ -29,6 +29,11 @@ type Config struct {
 	// in the log yet. Beyond it a caller waits until its context ends and is then
 	// refused as OVERLOADED.
 	MaxPendingBytes int64
+	// TombstoneRetention is how long a removal is remembered, at least a minute; 0 is
+	// for ever. Who was away for longer must sync anew, and what it wrote before is
+	// rejected where nothing is known of the key. It should be well above the hours
+	// that a wall clock may be wrong by.
+	TombstoneRetention time.Duration
 	// StopTimeout is how long a stopping service tries to log what it merged and to
 	// close its lane.
 	StopTimeout time.Duration
@@ -36,7 +41,7 @@ type Config struct {
 
 // DefaultConfig returns settings that suit everybody; NodeID must still be chosen.
 func DefaultConfig() Config {
-	return Config{MaxPendingBytes: 64 << 20, StopTimeout: 10 * time.Second}
+	return Config{MaxPendingBytes: 64 << 20, TombstoneRetention: 30 * 24 * time.Hour, StopTimeout: 10 * time.Second}
 }
 
 // Validate reports what is wrong with the settings.
@@ -52,6 +57,9 @@ func (c Config) Validate() error {
 	}
 	if c.MaxPendingBytes < 1<<20 {
 		errs = append(errs, errors.New("partition: max pending bytes must be at least 1 MiB"))
+	}
+	if c.TombstoneRetention != 0 && c.TombstoneRetention < minRetention {
+		errs = append(errs, errors.New("partition: the tombstone retention must be 0, for ever, or at least 1 minute"))
 	}
 	if c.StopTimeout <= 0 {
 		errs = append(errs, errors.New("partition: the stop timeout must be above 0"))
@@ -79,6 +87,9 @@ type Deps struct {
 	Tracer trace.Tracer
 	// Now is the wall clock; time.Now when nil.
 	Now func() time.Time
+	// Elapsed is a monotonic clock: the time since some moment, whatever becomes of the
+	// wall clock. The process's own when nil.
+	Elapsed func() time.Duration
 	// Random makes lane names; crypto/rand when nil.
 	Random io.Reader
 }

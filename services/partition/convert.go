@@ -57,13 +57,21 @@ func newChanges(changes []change) []changeBlock {
 	for i := range changes {
 		from, to := &changes[i], &blocks[i]
 		start := len(buf)
-		buf = append(buf, from.key...)
+		key := from.key
+		if from.kind == or || from.kind == counter {
+			key, to.change.Tag = splitTag(key)
+		}
+		buf = append(buf, key...)
 		to.stamp.Millis, to.stamp.Counter = from.record.Timestamp.Millis, from.record.Timestamp.Counter
 		to.stamp.NodeId = from.record.Timestamp.NodeID
+		to.change.Kind, to.change.Replaced = from.kind, from.replaced
 		to.record.Value, to.record.TtlMillis, to.record.Timestamp = from.record.Value, from.record.TTLMillis, &to.stamp
 		to.arrival.Millis, to.arrival.Counter = from.arrival.millis, from.arrival.counter
 		to.change.Map, to.change.Key = from.table, buf[start:len(buf):len(buf)]
-		to.change.Record, to.change.Arrival = &to.record, &to.arrival
+		to.change.Arrival = &to.arrival
+		if to.change.Pruned = from.pruned; !from.pruned {
+			to.change.Record = &to.record
+		}
 		for _, r := range from.restamped {
 			to.change.Restamped = append(to.change.Restamped, stampToProto(r))
 		}
@@ -84,10 +92,15 @@ func changesToProto(changes []change) []*typesv1.Change {
 // changeFromProto shares the value and copies the key.
 func changeFromProto(c *typesv1.Change) change {
 	to := change{
+		kind:    kindOf(c.GetKind()),
 		table:   c.GetMap(),
 		key:     string(c.GetKey()),
 		record:  recordFromProto(c.GetRecord()),
 		arrival: arrivalFromProto(c.GetArrival()),
+		pruned:  c.GetPruned(),
+	}
+	if to.kind != lww {
+		to.key = string(joinTag(c.GetKey(), []byte(c.GetTag())))
 	}
 	for _, r := range c.GetRestamped() {
 		to.restamped = append(to.restamped, stampFromProto(r))

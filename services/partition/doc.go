@@ -12,10 +12,13 @@
 //   - once another process has taken the shards over, nothing of this one is
 //     accepted any more; it drops everything and Run returns ErrFenced (OWN-01);
 //   - a position handed out to a reader lies below every arrival given later, by
-//     whichever owner and whatever the wall clocks do (SYN-01, CLK-01).
+//     whichever owner and whatever the wall clocks do (SYN-01, CLK-01);
+//   - a lock has one holder at a time, for as long as it was promised and its session
+//     is kept alive, and the tokens of its name rise for ever (PROTOCOL 14.3);
+//   - a tombstone that was forgotten does not come back, nor does what it beat
+//     (TMB-01).
 //
-// It does not know clients, permissions or frames, stores nothing itself, and does
-// not collect tombstones. It claims all shards of the cluster.
+// It does not know clients, permissions or frames, and stores nothing itself. It claims all shards of the cluster.
 //
 // README.md draws the state machines of a shard and of a lane.
 package partition

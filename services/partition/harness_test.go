@@ -150,7 +150,12 @@ func (f *fakeStore) drain(t testing.TB, log *commitlog.Log, commits int) {
 		}
 		for _, s := range entry.Commit.GetChanges().GetShards() {
 			for _, c := range s.GetChanges() {
-				f.records[c.GetMap()+"\x00"+string(c.GetKey())] = c
+				id := fmt.Sprintf("%d\x00%s\x00%s\x00%s", c.GetKind(), c.GetMap(), c.GetKey(), c.GetTag())
+				if c.GetPruned() {
+					delete(f.records, id)
+				} else {
+					f.records[id] = c
+				}
 			}
 		}
 		f.watermarks[entry.Lane] = &persistencev1.Watermark{
@@ -272,6 +277,7 @@ func (s *serving) Handle(_ context.Context, r slog.Record) error {
 func (w *world) config() Config {
 	c := DefaultConfig()
 	c.NodeID = "node"
+	c.TombstoneRetention = 0 // most tests stamp their ops at the beginning of time
 	return c
 }
 
@@ -388,6 +394,20 @@ func (n *node) everything(name string, limit uint32) []*typesv1.Change {
 	}
 }
 
+// dump is everything in a shard, a line for each record or lock, in no order.
+func (s *shard) dump() (lines [][]byte) {
+	for kind, tables := range s.tables {
+		for _, t := range tables {
+			for _, e := range t.records {
+				line := fmt.Appendf(nil, "%d %d %q %q %x ", s.id, kind, t.name, e.key, msgval.Canonical(nil, e.value))
+				line = fmt.Appendf(line, "%v %d %v %v", e.record().Timestamp, e.ttl, e.arrival, e.originals())
+				lines = append(lines, line)
+			}
+		}
+	}
+	return append(lines, fmt.Appendf(nil, "%d locks %s", s.id, lockDump(s.locks)))
+}
+
 // digest is a canonical hash of everything in all tables, arrivals and remembered
 // stamps included.
 func (n *node) digest() [sha256.Size]byte {
@@ -398,13 +418,7 @@ func (n *node) digest() [sha256.Size]byte {
 	}
 	lines := make([][][]byte, len(r.shards))
 	err = r.each(context.Background(), func(i int, s *shard) {
-		for _, t := range s.tables {
-			for _, e := range t.records {
-				line := fmt.Appendf(nil, "%d %q %q %x ", s.id, t.name, e.key, msgval.Canonical(nil, e.value))
-				line = fmt.Appendf(line, "%v %d %v %v", e.record().Timestamp, e.ttl, e.arrival, e.originals())
-				lines[i] = append(lines[i], line)
-			}
-		}
+		lines[i] = s.dump()
 	})
 	if err != nil {
 		n.world.t.Fatal(err)

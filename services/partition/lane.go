@@ -61,6 +61,8 @@ type batch struct {
 	done chan struct{}
 	err  error             // set before done is closed
 	span trace.SpanContext // of the append, likewise
+	// sequence is that of the commit in the stream, likewise.
+	sequence uint64
 }
 
 // wait returns once the batch is in the log, or with the reason why that is not
@@ -280,12 +282,12 @@ func (l *lane) commit(ctx context.Context, b *batch) error {
 	}
 	ctx, span := l.startSpan(ctx, b)
 	defer span.End()
-	err := l.append(ctx, &logv1.Commit{Body: &logv1.Commit_Changes{Changes: body}}, b.newest)
+	sequence, err := l.append(ctx, &logv1.Commit{Body: &logv1.Commit_Changes{Changes: body}}, b.newest)
 	if err != nil {
 		span.SetStatus(codes.Error, "not logged")
 		return err
 	}
-	b.span = span.SpanContext()
+	b.span, b.sequence = span.SpanContext(), sequence
 	l.room.Release(b.held)
 	close(b.done) // the receipts
 	select {
@@ -310,14 +312,14 @@ func (l *lane) startSpan(ctx context.Context, b *batch) (context.Context, trace.
 
 // append sets the clock ceiling and appends, for as long as the log is full again
 // and again: the changes are merged, so they cannot be refused any more. newest is
-// the newest arrival in the commit.
-func (l *lane) append(ctx context.Context, commit *logv1.Commit, newest arrival) error {
+// the newest arrival in the commit. It returns the commit's sequence in the stream.
+func (l *lane) append(ctx context.Context, commit *logv1.Commit, newest arrival) (sequence uint64, err error) {
 	ahead := arrival{millis: wallMillis(l.now().Add(ceilingLead))}
 	ceiling := latest(latest(l.ceiling(), newest), ahead)
 	commit.ClockCeiling = arrivalToProto(ceiling)
 	start := l.now()
 	for backoff := fullBackoff; ; backoff = min(2*backoff, maxFullBackoff) {
-		_, err := l.writer.Append(ctx, commit)
+		sequence, err := l.writer.Append(ctx, commit)
 		switch {
 		case err == nil:
 			if l.isFull.Swap(false) {
@@ -325,11 +327,11 @@ func (l *lane) append(ctx context.Context, commit *logv1.Commit, newest arrival)
 			}
 			l.promised.Store(&ceiling)
 			l.stats.appended(ctx, commit, l.now().Sub(start))
-			return nil
+			return sequence, nil
 		case errors.Is(err, commitlog.ErrSealed):
-			return ErrFenced
+			return 0, ErrFenced
 		case !errors.Is(err, commitlog.ErrFull):
-			return fmt.Errorf("log a commit: %w", err)
+			return 0, fmt.Errorf("log a commit: %w", err)
 		}
 		if !l.isFull.Swap(true) {
 			l.logger.Error("the log is full: ops are refused until the store has drained it")
@@ -339,7 +341,7 @@ func (l *lane) append(ctx context.Context, commit *logv1.Commit, newest arrival)
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return fmt.Errorf("log a commit: %w", ctx.Err())
+			return 0, fmt.Errorf("log a commit: %w", ctx.Err())
 		}
 	}
 }
@@ -357,7 +359,7 @@ func (l *lane) finish(ctx context.Context) error {
 		{Body: &logv1.Commit_Release{Release: &logv1.Release{Shards: all}}},
 		{Body: &logv1.Commit_Seal{Seal: &logv1.Seal{ByLane: l.writer.Name()}}},
 	} {
-		if err := l.append(ctx, commit, arrival{}); err != nil {
+		if _, err := l.append(ctx, commit, arrival{}); err != nil {
 			return fmt.Errorf("close the lane: %w", err)
 		}
 	}

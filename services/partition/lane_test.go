@@ -70,6 +70,7 @@ type bench struct {
 	events *fakeEvents
 	lane   *lane
 	shard  *shard
+	wall   *wallClock
 	ended  chan error
 	stop   func()
 }
@@ -80,17 +81,17 @@ func newBench(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bench{writer: &fakeWriter{}, events: &fakeEvents{}, ended: make(chan error, 1)}
+	b := &bench{writer: &fakeWriter{}, events: &fakeEvents{}, wall: &wallClock{}, ended: make(chan error, 1)}
 	clock := new(arrivalClock)
 	logger := slog.New(slog.DiscardHandler)
-	b.lane = newLane(b.writer, 1, time.Now, tracenoop.NewTracerProvider().Tracer(""), semaphore.NewWeighted(1<<20), stats, logger)
-	b.shard = newShard(0, clock, time.Now, stats)
+	b.lane = newLane(b.writer, 1, b.wall.now, tracenoop.NewTracerProvider().Tracer(""), semaphore.NewWeighted(1<<20), stats, logger)
+	b.shard = newShard(0, clock, b.wall.now, stats)
 	b.shard.lane = b.lane
 	stop := make(chan struct{})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { b.shard.run(stop) })
-	p := newPublisher(b.events, "lane", 1, time.Now, logger)
+	p := newPublisher(b.events, "lane", 1, b.wall.now, logger)
 	wg.Go(func() { p.run(ctx, b.lane.published) })
 	wg.Go(func() { b.ended <- b.lane.run(ctx) })
 	b.stop = func() {
@@ -206,7 +207,7 @@ func TestLOG02_AFullLogKeepsTheBatchAndRefusesTheRest(t *testing.T) {
 		}
 		stuck := b.apply(t, "k", record("v", 1, 0))
 		time.Sleep(10 * time.Second)
-		if refused := b.apply(t, "l", record("v", 1, 0)); !refused.overloaded || len(b.shard.tables["m"].records) != 1 {
+		if refused := b.apply(t, "l", record("v", 1, 0)); !refused.overloaded || len(b.shard.tables[lww]["m"].records) != 1 {
 			t.Error("an op was merged while the log was full")
 		}
 		b.writer.mu.Lock()
@@ -293,11 +294,8 @@ func TestFAN01_HeartbeatsNameWhatChangedWithinAMinute(t *testing.T) {
 func TestCLK01_CeilingsCoverTheirCommits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
-		offset := time.Duration(0)
-		now := func() time.Time { return time.Now().Add(offset) }
-		b.lane.now, b.shard.now = now, now
-		for i, o := range []time.Duration{0, time.Hour, -time.Hour, 0, 2 * time.Hour} {
-			offset = o
+		for i, offset := range []time.Duration{0, time.Hour, -time.Hour, 0, 2 * time.Hour} {
+			b.wall.set(offset)
 			if err := b.apply(t, "k", record("v", uint64(i+1), 0)).batch.wait(t.Context()); err != nil {
 				t.Error(err)
 			}

@@ -68,6 +68,9 @@ func (p *publisher) publish(ctx context.Context, b *batch) {
 		var order []*fanoutv1.Event
 		byMap := make(map[string]*fanoutv1.Event)
 		for i, c := range s.GetChanges() {
+			if !published(c) {
+				continue
+			}
 			c.Origin = b.origins[shard][i]
 			event := byMap[c.GetMap()]
 			if event == nil {
@@ -83,6 +86,12 @@ func (p *publisher) publish(ctx context.Context, b *batch) {
 			}
 		}
 	}
+}
+
+// published reports whether anybody looks at a change: nobody does at locks, at what
+// is known of devices, and at tombstones that are forgotten.
+func published(c *typesv1.Change) bool {
+	return c.GetKind() != typesv1.Kind_KIND_LOCK && !c.GetPruned() && c.GetMap() != devicesMap
 }
 
 func (p *publisher) advance(shard int, c *typesv1.Change) uint64 {

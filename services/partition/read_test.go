@@ -13,7 +13,6 @@ import (
 
 	"github.com/topgun-sync/topgun/core/lwwmap"
 	"github.com/topgun-sync/topgun/core/merkle"
-	"github.com/topgun-sync/topgun/core/msgval"
 	partitionv1 "github.com/topgun-sync/topgun/gen/go/topgun/partition/v1"
 	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 )
@@ -208,52 +207,6 @@ func TestSinceOfAFuturePositionEnds(t *testing.T) {
 	resp, err := n.Since(t.Context(), &partitionv1.SinceRequest{Map: "m", After: &typesv1.Arrival{Millis: 1 << 50}})
 	if err != nil || resp.GetMore() || len(resp.GetChanges()) != 0 {
 		t.Errorf("%v, %v", resp, err)
-	}
-}
-
-func TestQuery(t *testing.T) {
-	w := newWorld(t)
-	n := w.start()
-	var ops []*partitionv1.Op
-	for i := range 100 {
-		op := put(fmt.Sprintf("k%02d", i), "", 1, "a")
-		op.Record.Value = msgval.AppendInt(msgval.AppendString(msgval.AppendMapHeader(nil, 1), "n"), int64(i%10))
-		ops = append(ops, op)
-	}
-	expired := put("k00x", "v", 1, "a") // its time is long over
-	expired.Record.TtlMillis = 1
-	n.apply(append(ops, expired, put("k01", "", 2, "a"))...)
-	where := msgval.AppendInt(msgval.AppendString(msgval.AppendMapHeader(nil, 1), "n"), 3)
-	for name, test := range map[string]struct {
-		req   *partitionv1.QueryRequest
-		first string
-		rows  int
-		more  bool
-	}{
-		"all":   {&partitionv1.QueryRequest{}, "k00", 99, false},
-		"limit": {&partitionv1.QueryRequest{Limit: 5}, "k00", 5, true},
-		"after": {&partitionv1.QueryRequest{AfterKey: []byte("k90")}, "k91", 9, false},
-		"where": {&partitionv1.QueryRequest{Where: where}, "k03", 10, false},
-		"both":  {&partitionv1.QueryRequest{Where: where, AfterKey: []byte("k03"), Limit: 2}, "k13", 2, true},
-		"exact": {&partitionv1.QueryRequest{Where: where, Limit: 10}, "k03", 10, false},
-	} {
-		test.req.Map = "m"
-		resp, err := n.Query(t.Context(), test.req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		keys := make([]string, 0, len(resp.GetRows()))
-		for _, r := range resp.GetRows() {
-			keys = append(keys, string(r.GetKey()))
-		}
-		if len(keys) != test.rows || keys[0] != test.first || !slices.IsSorted(keys) || resp.GetMore() != test.more {
-			t.Errorf("%s: %d rows from %v, more %t", name, len(keys), keys[:1], resp.GetMore())
-		}
-	}
-	for name, req := range map[string]*partitionv1.QueryRequest{"where": {Where: []byte{0xc1}}, "limit": {Limit: 10_001}} {
-		if _, err := n.Query(t.Context(), req); connect.CodeOf(err) != connect.CodeInvalidArgument {
-			t.Errorf("bad %s: %v", name, err)
-		}
 	}
 }
 

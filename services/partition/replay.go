@@ -9,6 +9,7 @@ import (
 
 	"github.com/topgun-sync/topgun/core/keyspace"
 	"github.com/topgun-sync/topgun/core/merkle"
+	"github.com/topgun-sync/topgun/core/pncounter"
 	persistencev1 "github.com/topgun-sync/topgun/gen/go/topgun/persistence/v1"
 	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 	"github.com/topgun-sync/topgun/services/internal/commitlog"
@@ -62,7 +63,9 @@ func (s *Service) load(ctx context.Context, a *active) ([]*shard, error) {
 func (s *Service) loadOnce(ctx context.Context, a *active) ([]*shard, error) {
 	l := &loader{clock: a.clock, lane: a.lane.writer.Name()}
 	for id := range s.deps.Log.Shards() {
-		l.shards = append(l.shards, newShard(id, a.clock, s.deps.Now, s.stats))
+		shard := newShard(id, a.clock, s.deps.Now, s.stats)
+		shard.elapsed, shard.pruner.keep = s.deps.Elapsed, retentionOf(s.config.TombstoneRetention)
+		l.shards = append(l.shards, shard)
 	}
 	watermarks, records, err := l.fromStore(ctx, s.deps)
 	if err != nil {
@@ -205,14 +208,37 @@ func (l *loader) take(entry commitlog.Entry) error {
 }
 
 func (l *loader) change(c *typesv1.Change) error {
-	if c.GetMap() == "" || len(c.GetKey()) == 0 || c.GetRecord().GetTimestamp() == nil || c.GetArrival() == nil {
-		return fmt.Errorf("%w: map, key, timestamp or arrival is missing", ErrUnreadable)
+	if c.GetKind() == typesv1.Kind_KIND_LOCK {
+		return l.lock(c)
+	}
+	if err := checkChange(c); err != nil {
+		return err
 	}
 	hash := merkle.HashBytes(c.GetKey())
 	to := changeFromProto(c)
 	l.clock.raise(to.arrival)
 	l.shards[shardOf(hash, len(l.shards))].load(to, hash)
 	return nil
+}
+
+// checkChange reports a change that no shard can have logged.
+func checkChange(c *typesv1.Change) error {
+	if c.GetMap() == "" || len(c.GetKey()) == 0 || c.GetArrival() == nil || !c.GetPruned() && c.GetRecord().GetTimestamp() == nil {
+		return fmt.Errorf("%w: map, key, timestamp or arrival is missing", ErrUnreadable)
+	}
+	switch kindOf(c.GetKind()) {
+	case lww:
+		return nil
+	case or:
+		if c.GetTag() != "" {
+			return nil
+		}
+	case counter:
+		if _, ok := pncounter.ParseSides(c.GetRecord().GetValue()); ok && c.GetTag() != "" {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: it is of an unknown kind, or its tag or sums are missing", ErrUnreadable)
 }
 
 // shardOf is the shard of a key, given its hash.

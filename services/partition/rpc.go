@@ -1,10 +1,13 @@
 package partition
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"connectrpc.com/connect/v2"
 	"go.opentelemetry.io/otel/attribute"
@@ -13,9 +16,9 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/topgun-sync/topgun/core/merkle"
-	"github.com/topgun-sync/topgun/core/query"
 	partitionv1 "github.com/topgun-sync/topgun/gen/go/topgun/partition/v1"
 	"github.com/topgun-sync/topgun/gen/go/topgun/partition/v1/partitionv1connect"
+	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 )
 
 const (
@@ -26,6 +29,7 @@ const (
 
 	defaultLimit = 1000
 	maxLimit     = 10_000
+	maxKeys      = 10_000
 	defaultBytes = 1 << 20
 	maxBytes     = 16 << 20 // with the limit it keeps an answer below the transport's bound
 )
@@ -161,11 +165,15 @@ func (s *Service) end(ctx context.Context, c *call) (*partitionv1.ShardReceipt, 
 		c.span.SetStatus(codes.Error, "unknown")
 		return nil, errUnknown.WithCause(err)
 	}
-	return &partitionv1.ShardReceipt{
+	receipt := &partitionv1.ShardReceipt{
 		Receipts: receiptsToProto(c.group.ops),
 		Level:    s.level(),
 		Arrival:  arrivalToProto(c.group.arrival),
-	}, nil
+	}
+	if b := c.group.batch; b != nil {
+		receipt.Lane, receipt.Sequence = c.shard.lane.writer.Name(), b.sequence
+	}
+	return receipt, nil
 }
 
 func (s *Service) refuse(refusal partitionv1.Refusal, retryAfter uint32) *partitionv1.ShardReceipt {
@@ -191,6 +199,10 @@ func (s *Service) Leaves(ctx context.Context, req *partitionv1.LeavesRequest) (*
 	default:
 		return nil, connect.NewError(connect.CodeInvalidArgument, "combine must be MIXED or PLAIN")
 	}
+	kind, err := tree(req.GetKind())
+	if err != nil {
+		return nil, err
+	}
 	r, err := s.newReading(req.GetShards())
 	if err != nil {
 		return nil, err
@@ -198,7 +210,7 @@ func (s *Service) Leaves(ctx context.Context, req *partitionv1.LeavesRequest) (*
 	sums := make([]*merkle.Leaves, len(r.shards))
 	counts := make([]int, len(r.shards))
 	err = r.each(ctx, func(i int, shard *shard) {
-		if t := shard.tables[req.GetMap()]; t != nil {
+		if t := shard.tables[kind][req.GetMap()]; t != nil {
 			sums[i], counts[i] = t.leafSums(combine).Clone(), len(t.records)
 		}
 	})
@@ -228,13 +240,17 @@ func (s *Service) Records(ctx context.Context, req *partitionv1.RecordsRequest) 
 	if req.GetFirstLeaf() > req.GetLastLeaf() || req.GetLastLeaf() >= merkle.LeafCount {
 		return nil, connect.NewError(connect.CodeInvalidArgument, "first leaf and last leaf must be a range within 0 to 4095")
 	}
+	kind, err := tree(req.GetKind())
+	if err != nil {
+		return nil, err
+	}
 	r, err := s.newReading(req.GetShards())
 	if err != nil {
 		return nil, err
 	}
 	found := make([][]change, len(r.shards))
 	err = r.each(ctx, func(i int, shard *shard) {
-		if t := shard.tables[req.GetMap()]; t != nil {
+		if t := shard.tables[kind][req.GetMap()]; t != nil {
 			found[i] = t.inLeaves(int(req.GetFirstLeaf()), int(req.GetLastLeaf()))
 		}
 	})
@@ -248,6 +264,10 @@ func (s *Service) Records(ctx context.Context, req *partitionv1.RecordsRequest) 
 // later arrives above that reading, so up to it the answer of all shards together
 // is complete, and a page that ends there or before neither skips nor repeats.
 func (s *Service) Since(ctx context.Context, req *partitionv1.SinceRequest) (*partitionv1.SinceResponse, error) {
+	kind, err := tree(req.GetKind())
+	if err != nil {
+		return nil, err
+	}
 	limit, err := limitOf(req.GetLimit(), defaultLimit, maxLimit)
 	if err != nil {
 		return nil, err
@@ -268,7 +288,7 @@ func (s *Service) Since(ctx context.Context, req *partitionv1.SinceRequest) (*pa
 	// dropped again. Where keys do not spread, pages are smaller.
 	share := func(n int) int { return min(n, 2*n/len(r.shards)+1) }
 	err = r.each(ctx, func(i int, shard *shard) {
-		if t := shard.tables[req.GetMap()]; t != nil {
+		if t := shard.tables[kind][req.GetMap()]; t != nil {
 			found[i], cut[i] = t.since(after, r.cut, share(limit), share(bytes))
 		}
 	})
@@ -322,40 +342,66 @@ func firstArrived(lists [][]change) int {
 	return first
 }
 
-// Query implements the rpc.
-func (s *Service) Query(ctx context.Context, req *partitionv1.QueryRequest) (*partitionv1.QueryResponse, error) {
-	limit, err := limitOf(req.GetLimit(), defaultLimit, maxLimit)
+// Get implements the rpc.
+func (s *Service) Get(ctx context.Context, req *partitionv1.GetRequest) (*partitionv1.GetResponse, error) {
+	kind, err := readable(req.GetKind())
 	if err != nil {
 		return nil, err
 	}
-	var filter *query.Filter
-	if len(req.GetWhere()) > 0 {
-		if filter, err = query.ParseWhere(req.GetWhere()); err != nil {
-			return nil, connect.NewError(connect.CodeInvalidArgument, "where must be a msgpack map from field names to values").WithCause(err)
-		}
+	if n := len(req.GetKeys()); n == 0 || n > maxKeys {
+		return nil, connect.NewError(connect.CodeInvalidArgument, "a request must name 1 to 10000 keys")
 	}
-	r, err := s.newReading(req.GetShards())
+	r, err := s.newReading(nil)
 	if err != nil {
 		return nil, err
 	}
-	now := wallMillis(s.deps.Now())
-	after := string(req.GetAfterKey())
-	found := make([][]row, len(r.shards))
+	keys := make(map[*shard][]string)
+	for _, key := range req.GetKeys() {
+		shard := r.shards[shardOf(merkle.HashBytes(key), len(r.shards))]
+		keys[shard] = append(keys[shard], string(key))
+	}
+	r.shards = slices.Collect(maps.Keys(keys))
+	found := make([][]change, len(r.shards))
+	var bytes atomic.Int64
 	err = r.each(ctx, func(i int, shard *shard) {
-		if t := shard.tables[req.GetMap()]; t != nil {
-			found[i] = t.query(after, limit+1, now, filter.Match)
+		t := shard.tables[kind][req.GetMap()]
+		if t == nil {
+			return
+		}
+		for _, key := range keys[shard] {
+			of := t.of(key)
+			for j := range of {
+				bytes.Add(int64(len(of[j].key) + len(of[j].record.Value)))
+			}
+			if bytes.Load() > maxBytes {
+				return
+			}
+			found[i] = append(found[i], of...)
 		}
 	})
 	if err != nil {
 		return nil, err
 	}
-	rows := slices.Concat(found...)
-	slices.SortFunc(rows, func(a, b row) int { return strings.Compare(a.key, b.key) })
-	resp := &partitionv1.QueryResponse{More: len(rows) > limit}
-	for _, row := range rows[:min(limit, len(rows))] {
-		resp.Rows = append(resp.Rows, &partitionv1.Row{Key: []byte(row.key), Value: row.value})
+	if bytes.Load() > maxBytes {
+		return nil, connect.NewError(connect.CodeResourceExhausted, "the keys hold more than 16 MiB: ask for fewer")
 	}
-	return resp, nil
+	return &partitionv1.GetResponse{Changes: changesToProto(slices.Concat(found...))}, nil
+}
+
+// readable checks the kind that a read asks for.
+func readable(k typesv1.Kind) (typesv1.Kind, error) {
+	if k = kindOf(k); k != lww && k != or && k != counter {
+		return 0, connect.NewError(connect.CodeInvalidArgument, "kind must be LWW, OR or COUNTER")
+	}
+	return k, nil
+}
+
+// tree checks the kind of a map that has leaves.
+func tree(k typesv1.Kind) (typesv1.Kind, error) {
+	if k = kindOf(k); k != lww && k != or {
+		return 0, connect.NewError(connect.CodeInvalidArgument, "kind must be LWW or OR")
+	}
+	return k, nil
 }
 
 // ListMaps implements the rpc.
@@ -364,32 +410,42 @@ func (s *Service) ListMaps(ctx context.Context, _ *partitionv1.ListMapsRequest) 
 	if err != nil {
 		return nil, err
 	}
+	type id struct {
+		kind typesv1.Kind
+		name string
+	}
 	type count struct{ records, tombstones int }
-	counts := make([]map[string]count, len(r.shards))
+	counts := make([]map[id]count, len(r.shards))
 	err = r.each(ctx, func(i int, shard *shard) {
-		counts[i] = make(map[string]count, len(shard.tables))
-		for name, t := range shard.tables {
-			counts[i][name] = count{len(t.records) - t.tombstones, t.tombstones}
+		counts[i] = make(map[id]count)
+		for _, kind := range []typesv1.Kind{lww, or} {
+			for name, t := range shard.tables[kind] {
+				if name != devicesMap {
+					counts[i][id{kind, name}] = count{len(t.records) - t.tombstones, t.tombstones}
+				}
+			}
 		}
 	})
 	if err != nil {
 		return nil, err
 	}
-	byName := make(map[string]*partitionv1.MapInfo)
+	byID := make(map[id]*partitionv1.MapInfo)
 	resp := &partitionv1.ListMapsResponse{}
-	for _, maps := range counts {
-		for name, c := range maps {
-			info := byName[name]
+	for _, shard := range counts {
+		for id, c := range shard {
+			info := byID[id]
 			if info == nil {
-				info = &partitionv1.MapInfo{Name: name}
-				byName[name] = info
+				info = &partitionv1.MapInfo{Name: id.name, Kind: max(id.kind, typesv1.Kind_KIND_LWW)}
+				byID[id] = info
 				resp.Maps = append(resp.Maps, info)
 			}
 			info.Records += uint64(c.records)
 			info.Tombstones += uint64(c.tombstones)
 		}
 	}
-	slices.SortFunc(resp.Maps, func(a, b *partitionv1.MapInfo) int { return strings.Compare(a.GetName(), b.GetName()) })
+	slices.SortFunc(resp.Maps, func(a, b *partitionv1.MapInfo) int {
+		return cmp.Or(strings.Compare(a.GetName(), b.GetName()), cmp.Compare(a.GetKind(), b.GetKind()))
+	})
 	return resp, nil
 }
 
@@ -400,11 +456,15 @@ func (s *Service) Describe(context.Context, *partitionv1.DescribeRequest) (*part
 		History:    s.deps.Log.History(),
 		ShardCount: uint32(s.deps.Log.Shards()),
 		Level:      s.level(),
+
+		TombstoneRetentionMillis: uint64(retentionOf(s.config.TombstoneRetention)),
 	}
 	if a := s.phase.Load().serving; a != nil {
 		resp.Lane, resp.MapVersion = a.lane.writer.Name(), a.version
+		resp.PrunedBeforeMillis = a.shards[0].pruner.announced.Load()
 		for _, shard := range a.shards {
 			resp.Shards = append(resp.Shards, uint32(shard.id))
+			resp.PrunedBeforeMillis = min(resp.PrunedBeforeMillis, shard.pruner.announced.Load())
 		}
 	}
 	return resp, nil
@@ -484,7 +544,7 @@ func limitOf(asked uint32, otherwise, most int) (int, error) {
 	case asked == 0:
 		return otherwise, nil
 	case int64(asked) > int64(most):
-		return 0, connect.NewError(connect.CodeInvalidArgument, "limit must be at most 10000, and max bytes at most 16 MiB")
+		return 0, connect.NewError(connect.CodeInvalidArgument, "limit and max bytes must be within their bounds: max bytes at most 16 MiB, limit at most 10000, of a query 100000")
 	}
 	return int(asked), nil
 }

@@ -55,7 +55,9 @@ type Service struct {
 	deps   Deps
 	stats  *stats
 	room   *semaphore.Weighted
-	phase  atomic.Pointer[phase]
+	// queries bounds the queries under way.
+	queries *semaphore.Weighted
+	phase   atomic.Pointer[phase]
 	// openLane opens the lane for writing. It is a field so that tests kill it.
 	openLane func(name string) (appender, error)
 }
@@ -80,6 +82,9 @@ func New(config Config, deps Deps) (*Service, error) {
 	if deps.Now == nil {
 		deps.Now = time.Now
 	}
+	if deps.Elapsed == nil {
+		deps.Elapsed = monotonic()
+	}
 	if deps.Random == nil {
 		deps.Random = rand.Reader
 	}
@@ -87,7 +92,10 @@ func New(config Config, deps Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("partition: %w", err)
 	}
-	s := &Service{config: config, deps: deps, stats: stats, room: semaphore.NewWeighted(config.MaxPendingBytes)}
+	s := &Service{
+		config: config, deps: deps, stats: stats,
+		room: semaphore.NewWeighted(config.MaxPendingBytes), queries: semaphore.NewWeighted(maxQueries),
+	}
 	s.openLane = func(name string) (appender, error) { return deps.Log.OpenLane(name) }
 	s.phase.Store(&phase{reason: errLoading})
 	return s, nil
@@ -157,7 +165,7 @@ func (s *Service) start(ctx context.Context) (*active, error) {
 	a.clock.raise(floor)
 	a.lane = newLane(writer, count, s.deps.Now, s.deps.Tracer, s.room, s.stats, s.deps.Logger)
 	claim := &logv1.Commit{Body: &logv1.Commit_Claim{Claim: &logv1.Claim{NodeId: s.config.NodeID, Shards: claimed.Shards}}}
-	if err := a.lane.append(ctx, claim, floor); err != nil {
+	if _, err := a.lane.append(ctx, claim, floor); err != nil {
 		return nil, fmt.Errorf("claim the shards: %w", err)
 	}
 	err = s.retry(ctx, "load the shards", func(ctx context.Context) error {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
+	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 )
 
 const (
@@ -41,14 +42,12 @@ const (
 	outcomes // how many there are
 )
 
-// Reasons of rejections: fixed texts, a name and a sentence.
-const reasonReused = "STAMP_REUSED: another value was written with the same timestamp"
-
 // op is one op and, once its shard merged it, the answer.
 type op struct {
+	kind   typesv1.Kind
 	table  string
-	key    []byte
-	hash   uint32 // of the key
+	key    []byte // with a tag see joinTag
+	hash   uint32 // of the key alone
 	record lwwmap.Record
 
 	outcome outcome
@@ -87,8 +86,18 @@ type shard struct {
 	// exited is closed when run has returned; tasks that still wait never run.
 	exited chan struct{}
 
-	tables map[string]*table
+	tables [tableKinds]map[string]*table // by kind and name
 	expiry expiryHeap
+	pruner pruner
+	// fence is the stamp below which an op of the group being merged is too old for a
+	// key or tag that holds nothing.
+	fence uint64
+
+	locks        *lockTable
+	lockSessions atomic.Int64         // of locks, for those who would ask for nothing
+	squeezed     *batch               // the last of locks that the lane had no room for
+	elapsed      func() time.Duration // a monotonic clock
+
 	// last is the newest batch with changes of this shard: once it is logged, so is
 	// everything that a read can see.
 	last    *batch
@@ -104,22 +113,26 @@ func newShard(id int, clock *arrivalClock, now func() time.Time, stats *stats) *
 		id: id, nodeID: fmt.Sprintf("topgun-%d", id), clock: clock, now: now, stats: stats,
 		inbox:    make(chan func(), inboxSize),
 		exited:   make(chan struct{}),
-		tables:   make(map[string]*table),
+		tables:   [tableKinds]map[string]*table{lww: {}, or: {}, counter: {}},
 		lastNode: intern(""),
+		locks:    newLockTable(func() arrival { return clock.next(wallMillis(now())) }),
+		elapsed:  monotonic(),
 	}
 }
 
-// run does tasks and lets records expire until stop is closed and the inbox empty.
+// run does tasks, and what is due by the time alone, until stop is closed and the inbox empty.
 func (s *shard) run(stop <-chan struct{}) {
 	defer close(s.exited)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	s.locks.start(s.elapsed())
+	s.lockSessions.Store(int64(len(s.locks.sessions)))
 	for {
 		select {
 		case task := <-s.inbox:
 			task()
 		case <-timer.C:
-			if !s.expire() {
+			if !s.housekeep() {
 				timer.Reset(expiryRetry)
 				continue
 			}
@@ -133,7 +146,7 @@ func (s *shard) run(stop <-chan struct{}) {
 				}
 			}
 		}
-		timer.Reset(s.nextExpiry())
+		timer.Reset(s.nextHousekeeping())
 	}
 }
 
@@ -179,6 +192,9 @@ func (s *shard) apply(g *group) {
 		return
 	}
 	wall := wallMillis(s.now())
+	if keep := s.pruner.keep; keep > 0 {
+		s.fence = keep.fence(s.clock.read(wall).millis)
+	}
 	s.changes = s.changes[:0]
 	for i := range g.ops {
 		o := &g.ops[i]
@@ -199,85 +215,6 @@ func (s *shard) apply(g *group) {
 	g.batch = s.last
 }
 
-// merge decides an op and stores the result (PROTOCOL 5.2, 22.4).
-func (s *shard) merge(o *op, wall uint64, origin string) {
-	t := s.tables[o.table]
-	var e *entry
-	if t != nil {
-		e = t.records[string(o.key)]
-	}
-	var local *lwwmap.Record
-	if e != nil {
-		r := e.record()
-		local = &r
-		if repeats(e.originals(), o.record.Timestamp) {
-			o.outcome, o.winner = restamped, r
-			return
-		}
-	}
-	if o.record.Timestamp.Millis > wall+uint64(hlc.MaxDrift.Milliseconds()) {
-		s.restamp(o, local, wall)
-		return
-	}
-	switch lwwmap.Decide(local, o.record) {
-	case lwwmap.Applied:
-		o.outcome = applied
-		s.store(o.table, o.key, o.hash, o.record, hlc.Timestamp{}, wall, origin)
-	case lwwmap.Duplicate:
-		o.outcome = duplicate
-	case lwwmap.Superseded:
-		o.outcome, o.winner = superseded, *local
-	case lwwmap.Conflict:
-		o.outcome, o.reason = rejected, reasonReused
-	}
-}
-
-// restamp takes in an op whose stamp lies too far in the future under a stamp of
-// the shard's own. The stamp is the wall clock's, not the arrival's, which may be
-// ahead after the wall clock was set back (CLK-02, CLK-03). Win or lose, the record
-// remembers the original, so that the op sent again later does not win then.
-func (s *shard) restamp(o *op, local *lwwmap.Record, wall uint64) {
-	original := o.record.Timestamp
-	r := o.record
-	r.Timestamp = hlc.Timestamp{Millis: wall, NodeID: s.nodeID}
-	if local != nil && local.Timestamp.Millis == wall && local.Timestamp.NodeID == s.nodeID && r.Timestamp.Counter <= local.Timestamp.Counter {
-		r.Timestamp.Counter = local.Timestamp.Counter + 1
-	}
-	if local != nil && lwwmap.Decide(local, r) != lwwmap.Applied {
-		r = *local
-	}
-	e := s.store(o.table, o.key, o.hash, r, original, wall, "")
-	o.outcome, o.winner = restamped, e.record()
-}
-
-// store makes a record the state of a key under an arrival of its own, and notes
-// the change for the lane.
-func (s *shard) store(name string, key []byte, hash uint32, r lwwmap.Record, original hlc.Timestamp, wall uint64, origin string) *entry {
-	t := s.tables[name]
-	if t == nil {
-		t = newTable(name)
-		s.tables[t.name] = t
-	}
-	var known []hlc.Timestamp
-	before := t.records[string(key)]
-	if before != nil {
-		known = before.originals()
-	} else {
-		s.records.Add(1)
-	}
-	if s.lastNode.Value() != r.Timestamp.NodeID {
-		s.lastNode = intern(r.Timestamp.NodeID)
-	}
-	r.Value = keepValue(r.Value)
-	e := t.put(key, hash, r, s.lastNode, s.clock.next(wall), remember(known, original, r.Timestamp))
-	t.arrived(e, before != nil)
-	s.expiry.schedule(t, e)
-	c := t.change(e)
-	c.origin = origin
-	s.changes = append(s.changes, c)
-	return e
-}
-
 // expire turns records whose time is over into tombstones (PROTOCOL 22.5, CRDT-05).
 // It returns false if the lane has no room for them at present.
 func (s *shard) expire() bool {
@@ -292,7 +229,7 @@ func (s *shard) expire() bool {
 	s.changes = s.changes[:0]
 	for len(s.changes) < maxExpiries && len(s.expiry) > 0 && s.expiry[0].at < wall {
 		t, e := s.expiry[0].table, s.expiry[0].entry
-		s.store(t.name, []byte(e.key), e.hash, e.record().Expire(), hlc.Timestamp{}, wall, "")
+		s.store(t, []byte(e.key), e.hash, e.record().Expire(), hlc.Timestamp{}, wall, "")
 	}
 	if len(s.changes) == 0 {
 		s.lane.room.Release(held)
@@ -322,16 +259,20 @@ func (s *shard) nextExpiry() time.Duration {
 // older one than what is there changes nothing. Call it before run, and ready after
 // the last one.
 func (s *shard) load(c change, hash uint32) {
-	t := s.tables[c.table]
-	if t == nil {
-		t = newTable(c.table)
-		s.tables[t.name] = t
-	}
+	t := s.table(c.kind, c.table)
+	t.loading = true
 	before := t.records[c.key]
 	if before != nil && c.arrival.compare(before.arrival) <= 0 {
 		return
 	}
-	if before == nil {
+	switch {
+	case c.pruned && before == nil:
+		return
+	case c.pruned:
+		t.forget(before)
+		s.records.Add(-1)
+		return
+	case before == nil:
 		s.records.Add(1)
 	}
 	c.record.Value = keepValue(c.record.Value)
@@ -341,7 +282,12 @@ func (s *shard) load(c change, hash uint32) {
 
 // ready puts what was loaded in order.
 func (s *shard) ready() {
-	for _, t := range s.tables {
-		t.sortLog()
+	for _, tables := range s.tables {
+		for name, t := range tables {
+			if t.ready(); len(t.records) == 0 { // all was forgotten
+				delete(tables, name)
+			}
+		}
 	}
+	s.buryAll()
 }

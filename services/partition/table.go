@@ -2,7 +2,6 @@ package partition
 
 import (
 	"bytes"
-	"cmp"
 	"container/heap"
 	"slices"
 	"sort"
@@ -12,6 +11,8 @@ import (
 	"github.com/topgun-sync/topgun/core/hlc"
 	"github.com/topgun-sync/topgun/core/lwwmap"
 	"github.com/topgun-sync/topgun/core/merkle"
+	"github.com/topgun-sync/topgun/core/pncounter"
+	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 )
 
 const (
@@ -24,19 +25,36 @@ const (
 	maxRestamped = 8
 )
 
-// entry is the record of one key. Its size is a size class of the allocator, 112
-// bytes: a field more costs every record 16.
+// The kinds of tables. An LWW-table has the kind 0, as its changes have in the log.
+const (
+	lww     = typesv1.Kind_KIND_UNSPECIFIED
+	or      = typesv1.Kind_KIND_OR
+	counter = typesv1.Kind_KIND_COUNTER
+
+	tableKinds = counter + 1 // the size of an array by kind
+)
+
+// kindOf returns the one kind of tables that a kind of the schema stands for.
+func kindOf(k typesv1.Kind) typesv1.Kind {
+	if k == typesv1.Kind_KIND_LWW {
+		return lww
+	}
+	return k
+}
+
+// entry is the record of one key, or of one tag or node of a key. Its size is a size
+// class of the allocator, 112 bytes: a field more costs every record 16.
 type entry struct {
-	key             string
+	key             string // the key; with a tag see joinTag
 	value           []byte // never changed, only replaced: readers keep it
 	millis, counter uint64
 	ttl             uint64
 	arrival         arrival
 	node            unique.Handle[string] // many records share few node ids
 	restamped       *[]hlc.Timestamp      // never changed, only replaced
-	nextInLeaf      *entry
-	hash            uint32 // of the key
-	expiry          int32  // position in the expiry heap plus one; 0: not in it
+	next            *entry                // of the leaf; with a tag, of the key
+	hash            uint32                // of the key alone
+	expiry          int32                 // position in the expiry heap plus one; 0: not in it
 }
 
 // record is the entry as a record; its value is shared.
@@ -62,12 +80,15 @@ func (e *entry) originals() []hlc.Timestamp {
 // change is the state of one key after a merge, as it is logged, published and
 // returned to readers. What it refers to is never changed.
 type change struct {
+	kind      typesv1.Kind
 	table     string
-	key       string
+	key       string // with a tag see joinTag
 	record    lwwmap.Record
 	arrival   arrival
 	restamped []hlc.Timestamp
 	origin    string // session not to be told; only towards events
+	replaced  bool   // a live value; only where the change is made, not in reads
+	pruned    bool   // the tombstone that was there is forgotten
 }
 
 // slot is one arrival. It is stale once its entry arrived again.
@@ -79,6 +100,7 @@ type slot struct {
 // table holds the records of one map in one shard. Only its shard's goroutine
 // touches it.
 type table struct {
+	kind       typesv1.Kind
 	name       string
 	records    map[string]*entry
 	tombstones int
@@ -89,10 +111,21 @@ type table struct {
 	leaves []*entry
 	mixed  merkle.Leaves
 	plain  *merkle.Leaves // nil until somebody asks
+	// loading says that lists, bags and the arrival log are made by ready.
+	loading bool
+
+	bags  *bags           // with the kind or
+	total pncounter.Sides // with the kind counter: the sums over its nodes
+
+	scans []*scan // that are under way
 }
 
-func newTable(name string) *table {
-	return &table{name: strings.Clone(name), records: make(map[string]*entry)}
+func newTable(kind typesv1.Kind, name string) *table {
+	t := &table{kind: kind, name: strings.Clone(name), records: make(map[string]*entry)}
+	if kind == or {
+		t.bags = newBags()
+	}
+	return t
 }
 
 // put stores a record as the state of a key, keeps hashes and lists up to date, and
@@ -104,6 +137,9 @@ func (t *table) put(key []byte, hash uint32, r lwwmap.Record, node unique.Handle
 		t.records[e.key] = e
 		t.link(e)
 	} else {
+		if len(t.scans) > 0 {
+			t.keepForScans(e)
+		}
 		t.hash(e, -1)
 		if len(e.value) == 0 {
 			t.tombstones--
@@ -122,8 +158,21 @@ func (t *table) put(key []byte, hash uint32, r lwwmap.Record, node unique.Handle
 	return e
 }
 
-// hash adds the entry to the leaf sums, or takes it away.
+// hash adds the entry to what is summed up over the entries, or takes it away: the
+// leaf sums, of an OR-table the bag of its key, of a counter the totals.
 func (t *table) hash(e *entry, sign int) {
+	switch t.kind {
+	case or:
+		if !t.loading {
+			t.hashTag(e, sign)
+		}
+		return
+	case counter:
+		sides, _ := pncounter.ParseSides(e.value)
+		t.total.Positive += uint64(sign) * sides.Positive
+		t.total.Negative += uint64(sign) * sides.Negative
+		return
+	}
 	leaf, item := merkle.Leaf(e.hash), e.itemHash()
 	if sign > 0 {
 		t.mixed.Add(leaf, item, merkle.Mixed)
@@ -140,24 +189,74 @@ func (t *table) hash(e *entry, sign int) {
 	}
 }
 
-// link adds a new entry to its leaf's list. Entries are never taken out.
+// link adds a new entry to its leaf's list, or to the bag of its key. Counters have
+// no leaves.
 func (t *table) link(e *entry) {
-	if t.leaves == nil {
-		if len(t.records) <= smallTable {
-			return
-		}
-		t.leaves = make([]*entry, merkle.LeafCount)
-		for _, other := range t.records {
-			t.push(other)
-		}
-		return
+	switch {
+	case t.loading || t.kind == counter:
+	case t.kind == or:
+		t.bags.link(e)
+	case t.leaves != nil:
+		t.push(e)
+	case len(t.records) > smallTable:
+		t.linkAll()
 	}
-	t.push(e)
+}
+
+// linkAll makes the leaf lists of an LWW-table.
+func (t *table) linkAll() {
+	t.leaves = make([]*entry, merkle.LeafCount)
+	for _, e := range t.records {
+		t.push(e)
+	}
 }
 
 func (t *table) push(e *entry) {
 	head := &t.leaves[merkle.Leaf(e.hash)]
-	e.nextInLeaf, *head = *head, e
+	e.next, *head = *head, e
+}
+
+// forget takes tombstones out of the table, as if they had never been. Their lists
+// are gone through once for all of them: a list may hold nothing but tombstones, and
+// very many.
+func (t *table) forget(tombstones ...*entry) {
+	for _, e := range tombstones {
+		t.hash(e, -1)
+		t.tombstones--
+		delete(t.records, e.key)
+		e.arrival = arrival{} // its slot is stale
+	}
+	if t.loading {
+		return
+	}
+	t.stale += len(tombstones)
+	forgotten := func(e *entry) bool { return e.arrival == arrival{} }
+	if t.kind == or {
+		t.bags.sweep(tombstones, forgotten)
+	} else if t.leaves != nil {
+		swept := make(map[int]bool)
+		for _, e := range tombstones {
+			if leaf := merkle.Leaf(e.hash); !swept[leaf] {
+				swept[leaf] = true
+				t.leaves[leaf] = without(t.leaves[leaf], forgotten)
+			}
+		}
+	}
+	if t.stale > max(minStale, len(t.log)/2) {
+		t.compact()
+	}
+}
+
+// without takes entries out of a list and returns its new head.
+func without(head *entry, out func(*entry) bool) *entry {
+	for at := &head; *at != nil; {
+		if out(*at) {
+			*at = (*at).next
+		} else {
+			at = &(*at).next
+		}
+	}
+	return head
 }
 
 // arrived appends to the arrival log. again says that the entry has an older slot.
@@ -180,8 +279,15 @@ func (t *table) compact() {
 	}
 }
 
-// sortLog makes the arrival log anew, after records were loaded in any order.
-func (t *table) sortLog() {
+// ready makes what loading left out, after records came in any order.
+func (t *table) ready() {
+	t.loading = false
+	switch {
+	case t.kind == or:
+		t.bags.build(t)
+	case t.kind == lww && len(t.records) > smallTable:
+		t.linkAll()
+	}
 	t.log, t.stale = make([]slot, 0, len(t.records)), 0
 	for _, e := range t.records {
 		t.log = append(t.log, slot{at: e.arrival, entry: e})
@@ -191,11 +297,20 @@ func (t *table) sortLog() {
 
 // leafSums returns the leaf sums under a combine rule. They belong to the table.
 func (t *table) leafSums(c merkle.Combine) *merkle.Leaves {
+	if t.kind == or {
+		t.hashDirty()
+	}
 	if c == merkle.Mixed {
 		return &t.mixed
 	}
 	if t.plain == nil {
 		t.plain = new(merkle.Leaves)
+		if t.kind == or {
+			for _, b := range t.bags.byKey {
+				t.plain.Add(merkle.Leaf(b.hash), b.item, merkle.Plain)
+			}
+			return t.plain
+		}
 		for _, e := range t.records {
 			t.plain.Add(merkle.Leaf(e.hash), e.itemHash(), merkle.Plain)
 		}
@@ -204,12 +319,20 @@ func (t *table) leafSums(c merkle.Combine) *merkle.Leaves {
 }
 
 func (t *table) change(e *entry) change {
-	return change{table: t.name, key: e.key, record: e.record(), arrival: e.arrival, restamped: e.originals()}
+	return change{kind: t.kind, table: t.name, key: e.key, record: e.record(), arrival: e.arrival, restamped: e.originals()}
 }
 
 // inLeaves returns the records of a range of leaves, in no order.
 func (t *table) inLeaves(first, last int) []change {
 	var changes []change
+	if t.kind == or {
+		for b := range t.bags.inLeaves(first, last) {
+			for e := b.first; e != nil; e = e.next {
+				changes = append(changes, t.change(e))
+			}
+		}
+		return changes
+	}
 	if t.leaves == nil {
 		for _, e := range t.records {
 			if leaf := merkle.Leaf(e.hash); first <= leaf && leaf <= last {
@@ -219,7 +342,7 @@ func (t *table) inLeaves(first, last int) []change {
 		return changes
 	}
 	for _, e := range t.leaves[first : last+1] {
-		for ; e != nil; e = e.nextInLeaf {
+		for ; e != nil; e = e.next {
 			changes = append(changes, t.change(e))
 		}
 	}
@@ -247,30 +370,27 @@ func (t *table) since(after, upTo arrival, limit, maxBytes int) (changes []chang
 	return changes, false
 }
 
-// row is one result of a query.
-type row struct {
-	key   string
-	value []byte
-}
-
-// query returns the first rows by key, at most limit, that are visible, lie above a
-// key, and match.
-func (t *table) query(after string, limit int, now uint64, match func([]byte) bool) []row {
-	var rows []row
-	byKey := func(a, b row) int { return cmp.Compare(a.key, b.key) }
-	for _, e := range t.records {
-		if e.key <= after || !e.record().VisibleAt(now) || !match(e.value) {
-			continue
+// of returns all that a key holds.
+func (t *table) of(key string) (changes []change) {
+	switch t.kind {
+	case lww:
+		if e := t.records[key]; e != nil {
+			changes = append(changes, t.change(e))
 		}
-		rows = append(rows, row{key: e.key, value: e.value})
-		// Holding twice the limit bounds the memory and makes sorting rare.
-		if len(rows) >= 2*limit {
-			slices.SortFunc(rows, byKey)
-			rows = rows[:limit]
+	case or:
+		if b := t.bags.byKey[key]; b != nil {
+			for e := b.first; e != nil; e = e.next {
+				changes = append(changes, t.change(e))
+			}
+		}
+	case counter: // has one key, its name
+		for _, e := range t.records {
+			if k, _ := splitTag(e.key); k == key {
+				changes = append(changes, t.change(e))
+			}
 		}
 	}
-	slices.SortFunc(rows, byKey)
-	return rows[:min(limit, len(rows))]
+	return changes
 }
 
 // remember returns the original stamps that a record with the stamp current must

@@ -26,7 +26,7 @@ func (t *table) set(key string, r lwwmap.Record, at arrival) {
 
 func TestTheArrivalLogHoldsEachRecordOnce(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		table := newTable("m")
+		table := newTable(lww, "m")
 		latest := make(map[string]uint64)
 		n := rapid.IntRange(1, 2000).Draw(t, "writes")
 		keys := rapid.IntRange(1, 200).Draw(t, "keys")
@@ -83,8 +83,14 @@ func TestConvertRoundTrip(t *testing.T) {
 			return hlc.Timestamp{Millis: rapid.Uint64().Draw(t, "millis"), Counter: rapid.Uint64().Draw(t, "counter"), NodeID: rapid.String().Draw(t, "node")}
 		})
 		in := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) change {
+			kind := rapid.SampledFrom([]typesv1.Kind{lww, or, counter}).Draw(t, "kind")
+			key := []byte(rapid.StringMatching(`[^\x00]*`).Draw(t, "key"))
+			if kind != lww {
+				key = joinTag(key, []byte(rapid.String().Draw(t, "tag")))
+			}
 			return change{
-				table: rapid.String().Draw(t, "map"), key: rapid.String().Draw(t, "key"),
+				kind: kind, table: rapid.String().Draw(t, "map"), key: string(key),
+				replaced: rapid.Bool().Draw(t, "replaced"), pruned: rapid.Bool().Draw(t, "pruned"),
 				record: lwwmap.Record{
 					Value: rapid.SliceOf(rapid.Byte()).Draw(t, "value"), Timestamp: stamp.Draw(t, "stamp"), TTLMillis: rapid.Uint64().Draw(t, "ttl"),
 				},
@@ -103,6 +109,10 @@ func TestConvertRoundTrip(t *testing.T) {
 			back := new(typesv1.Change)
 			if err := proto.Unmarshal(data, back); err != nil {
 				t.Fatal(err)
+			}
+			in[i].replaced = false // not a part of the state
+			if in[i].pruned {
+				in[i].record = lwwmap.Record{}
 			}
 			if diff := cmp.Diff(in[i], changeFromProto(back), cmp.AllowUnexported(change{}, arrival{}), cmpopts.EquateEmpty()); diff != "" {
 				t.Fatal(diff)
@@ -126,7 +136,7 @@ func TestMemoryPerRecord(t *testing.T) {
 	}
 	value := make([]byte, 100)
 	before := used()
-	table := newTable("m")
+	table := newTable(lww, "m")
 	for i := range count {
 		r := lwwmap.Record{Value: keepValue(value), Timestamp: hlc.Timestamp{Millis: 1, NodeID: "a"}}
 		table.set(fmt.Sprintf("users/%08d", i), r, arrival{millis: uint64(i)})
@@ -150,7 +160,7 @@ func TestLoadKeepsTheLaterArrival(t *testing.T) {
 		s.load(c, merkle.Hash(c.key))
 	}
 	s.ready()
-	got, _ := s.tables["m"].since(arrival{}, arrival{millis: 100}, 10, 1000)
+	got, _ := s.tables[lww]["m"].since(arrival{}, arrival{millis: 100}, 10, 1000)
 	if len(got) != 1 || got[0].arrival != later.arrival || got[0].record.Timestamp.Millis != 9 || s.records.Load() != 1 {
 		t.Errorf("loaded %+v", got)
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/topgun-sync/topgun/services/internal/commitlog"
 )
 
-// batch collects consecutive commits of the stream, each key once.
+// batch collects consecutive commits of the stream, each identity once.
 type batch struct {
 	// from are the positions of the lanes before the batch; not the batch's own.
 	from map[string]Position
@@ -21,15 +21,16 @@ type batch struct {
 	last uint64
 
 	records []Record
-	index   map[recordKey]int
+	index   map[Identity]int
+	// pruned says when an identity was forgotten last; what the batch holds of it
+	// came later.
+	pruned  map[Identity]Arrival
 	moves   map[string]Move
 	bytes   int
 	commits int
 	// traces are the spans that wrote the commits, at most maxLinks.
 	traces []trace.SpanContext
 }
-
-type recordKey struct{ mapName, key string }
 
 // maxLinks is how many commits one span names: OpenTelemetry's own default bound.
 const maxLinks = 128
@@ -41,7 +42,8 @@ func newBatch(from map[string]Position, last uint64, room int) *batch {
 		from:    from,
 		last:    last,
 		records: make([]Record, 0, room),
-		index:   make(map[recordKey]int, room),
+		index:   make(map[Identity]int, room),
+		pruned:  make(map[Identity]Arrival),
 		moves:   make(map[string]Move),
 	}
 }
@@ -65,7 +67,7 @@ func (b *batch) add(entry commitlog.Entry) error {
 	if number := entry.Commit.GetNumber(); number != move.To.Number+1 {
 		return refuse(fmt.Errorf("commit %d follows commit %d: there is a hole between store and log", number, move.To.Number))
 	}
-	records, err := recordsOf(entry.Commit)
+	steps, err := stepsOf(entry.Commit)
 	if err != nil {
 		return refuse(err)
 	}
@@ -73,8 +75,12 @@ func (b *batch) add(entry commitlog.Entry) error {
 	b.moves[entry.Lane] = move
 	b.last = entry.Sequence
 	b.commits++
-	for _, record := range records {
-		b.put(record)
+	for _, step := range steps {
+		if step.pruned {
+			b.prune(step.record.Identity, step.record.Arrival)
+		} else {
+			b.put(step.record)
+		}
 	}
 	if entry.Trace != nil && len(b.traces) < maxLinks {
 		ctx := propagation.TraceContext{}.Extract(context.Background(), entry.Trace)
@@ -85,14 +91,13 @@ func (b *batch) add(entry commitlog.Entry) error {
 	return nil
 }
 
-// put keeps the later state of each key, by the rule that the store itself
+// put keeps the later state of each identity, by the rule that the store itself
 // follows, so that it does not matter where one batch ends and the next begins.
 func (b *batch) put(record Record) {
-	key := recordKey{record.Map, record.Key}
-	i, ok := b.index[key]
+	i, ok := b.index[record.Identity]
 	switch {
 	case !ok:
-		b.index[key] = len(b.records)
+		b.index[record.Identity] = len(b.records)
 		b.records = append(b.records, record)
 		b.bytes += record.Size()
 	case record.Replaces(b.records[i]):
@@ -101,11 +106,50 @@ func (b *batch) put(record Record) {
 	}
 }
 
+// prune forgets what arrived before. It stays in the batch beside a record that
+// comes later, since only a row that is gone lets every record in.
+func (b *batch) prune(id Identity, at Arrival) {
+	before, again := b.pruned[id]
+	if again && at.Compare(before) <= 0 {
+		return
+	}
+	b.pruned[id] = at
+	if !again {
+		b.bytes += prunedSize + len(id.Map) + len(id.Key) + len(id.Tag)
+	}
+	if i, ok := b.index[id]; ok && b.records[i].Arrival.Compare(at) < 0 {
+		b.drop(i)
+	}
+}
+
+// drop takes a record out of the batch; the last one takes its place.
+func (b *batch) drop(i int) {
+	b.bytes -= b.records[i].Size()
+	delete(b.index, b.records[i].Identity)
+	last := len(b.records) - 1
+	if i != last {
+		b.records[i] = b.records[last]
+		b.index[b.records[i].Identity] = i
+	}
+	b.records[last] = Record{}
+	b.records = b.records[:last]
+}
+
+// prunedSize is about what a forgotten identity costs beside its names.
+const prunedSize = 96
+
+// rows is how many rows the batch may change.
+func (b *batch) rows() int { return len(b.records) + len(b.pruned) }
+
 // batch returns what the store is to commit.
 func (b *batch) batch(history string) Batch {
-	return Batch{
+	batch := Batch{
 		History: history,
 		Records: b.records,
 		Moves:   slices.Collect(maps.Values(b.moves)),
 	}
+	for id, at := range b.pruned {
+		batch.Pruned = append(batch.Pruned, Pruned{Identity: id, Arrival: at})
+	}
+	return batch
 }

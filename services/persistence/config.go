@@ -30,7 +30,8 @@ type Config struct {
 	// less than one commit.
 	BatchBytes int
 	// BatchDelay is how long a commit waits at most for others to share its
-	// transaction. After a quiet time of that length the first one does not wait.
+	// transaction. It waits less while transactions are quick, and after a quiet time
+	// not at all.
 	BatchDelay time.Duration
 	// StoreTimeout is how long one transaction may take before it is given up and
 	// tried again.
@@ -43,6 +44,13 @@ type Config struct {
 	// A partition that loads reads the store first and the log afterwards, so it
 	// must be longer than any Load.
 	TrimAge time.Duration
+
+	// JournalAge and JournalBytes are for how long and how much of the log is kept
+	// behind the store for those who read the journal, whichever ends first; 0 of
+	// either keeps nothing for them. The log itself takes a share of its own size at
+	// most (commitlog.Log.Expired).
+	JournalAge   time.Duration
+	JournalBytes int64
 }
 
 // DefaultConfig returns the settings of a cluster; the store must still be chosen.
@@ -57,6 +65,9 @@ func DefaultConfig() Config {
 		StoreTimeout: 30 * time.Second,
 		TrimEvery:    30 * time.Second,
 		TrimAge:      2 * time.Minute,
+		JournalAge:   24 * time.Hour,
+		// More makes the broker's start and a search of the journal take seconds.
+		JournalBytes: 64 << 20,
 	}
 }
 
@@ -90,6 +101,9 @@ func (c Config) Validate() error {
 	}
 	if c.TrimEvery <= 0 || c.TrimAge <= 0 {
 		errs = append(errs, errors.New("trim every and trim age must be above 0"))
+	}
+	if c.JournalAge < 0 || c.JournalBytes < 0 {
+		errs = append(errs, errors.New("journal age and journal bytes must not be below 0"))
 	}
 	return errors.Join(errs...)
 }

@@ -1,6 +1,6 @@
 // Package persistence is the service that keeps the data in a database: it
-// drains the write-behind log into a Store and reads the Store back for
-// partitions that start.
+// drains the write-behind log into a Store, reads the Store back for partitions that
+// start, and shows the log as the journal of changes.
 //
 // It owns the Store seam, the stored rows, and the watermarks that say how far
 // each lane of the log is stored. It promises that
@@ -11,6 +11,8 @@
 //     LOG-06);
 //   - storing the same commits again changes nothing, and two processes draining
 //     one log never both commit (PG-02, PG-07);
+//   - what is forgotten goes and nothing younger than that, in the same transaction;
+//   - the journal shows what the log holds in its order, each change once;
 //   - a Store that is away stops nothing but itself: the log is the queue, and a
 //     Load then fails instead of showing an empty map (PG-04, PG-08).
 //

@@ -29,11 +29,25 @@ type Log interface {
 	Read(ctx context.Context, from uint64, follow bool) iter.Seq2[commitlog.Entry, error]
 	// Trim removes a lane's commits below a sequence.
 	Trim(ctx context.Context, lane string, upTo uint64) error
+	// Expired is a sequence below which commits were appended before a time or are not
+	// among the last bytes of the log.
+	Expired(ctx context.Context, before time.Time, keep int64) (uint64, error)
 }
 
 // queued is how many commits wait between the reader and the batch; a full queue
 // makes the reader wait. A commit is at most 768 KiB, so they are at most 12 MiB.
 const queued = 16
+
+const (
+	// pace is how many times as long as a transaction took the next batch gathers
+	// commits. A store that is hardly used is quick, and a commit then waits a few
+	// milliseconds; the more there is to store the longer transactions take, and the
+	// more commits share the next.
+	pace = 5
+	// leastDelay is how long a batch gathers at least, so that reading a backlog is not
+	// cut into many by a store that takes no time.
+	leastDelay = 2 * time.Millisecond
+)
 
 // drain stores the log until ctx ends. Each round begins with the watermarks of
 // the store, so that whatever went wrong, the store alone says where to go on:
@@ -126,11 +140,12 @@ func (s *Service) drainRound(ctx context.Context, delays *backoff.ExponentialBac
 		b, stop := s.collect(ctx, items, next, room)
 		if b.commits > 0 {
 			room = len(b.records)
-			next = time.Now().Add(s.config.BatchDelay)
+			closed := time.Now()
 			// What came before a commit that cannot be stored is stored first.
 			if err := s.commit(ctx, b); err != nil {
 				return err
 			}
+			next = closed.Add(min(s.config.BatchDelay, max(leastDelay, pace*time.Since(closed))))
 			delays.Reset()
 		}
 		if stop != nil {
@@ -180,9 +195,9 @@ func (s *Service) readWatermarks(ctx context.Context) error {
 }
 
 // collect takes commits until the batch is full or due. A batch is due at next,
-// which is BatchDelay after the one before it was closed: under steady traffic
-// batches fill, after a quiet time the first commit is stored at once, and no
-// commit waits longer than BatchDelay. A Flush that waits makes it due at once.
+// which is at most BatchDelay after the one before it was closed: under steady
+// traffic batches fill, after a quiet time the first commit is stored at once, and
+// no commit waits longer than BatchDelay. A Flush that waits makes it due at once.
 //
 // room is how many records to expect. A non-nil error says why nothing more comes; the
 // batch holds what came before.
@@ -236,7 +251,7 @@ func (s *Service) collect(ctx context.Context, items <-chan item, next time.Time
 			defer timer.Stop()
 			due = timer.C
 		}
-		if len(b.records) >= s.config.BatchChanges || b.bytes >= s.config.BatchBytes || !time.Now().Before(limit) {
+		if b.rows() >= s.config.BatchChanges || b.bytes >= s.config.BatchBytes || !time.Now().Before(limit) {
 			return b, nil
 		}
 	}
@@ -281,7 +296,7 @@ func (s *Service) commit(ctx context.Context, b *batch) error {
 func (s *Service) try(ctx context.Context, b *batch) (changed int, err error) {
 	options := []trace.SpanStartOption{
 		trace.WithSpanKind(trace.SpanKindConsumer),
-		trace.WithAttributes(attribute.Int("topgun.commits", b.commits), attribute.Int("topgun.rows", len(b.records))),
+		trace.WithAttributes(attribute.Int("topgun.commits", b.commits), attribute.Int("topgun.rows", b.rows())),
 	}
 	if len(b.traces) > 0 {
 		ctx = trace.ContextWithRemoteSpanContext(ctx, b.traces[0])

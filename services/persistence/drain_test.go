@@ -65,6 +65,7 @@ func TestDrainStoresInStreamOrder(t *testing.T) {
 		log.append("b")
 		log.append("b", change("x", "2", 3))
 		service, _ := start(t, config(), persistence.Deps{Store: store, Log: log})
+		time.Sleep(time.Second)
 		synctest.Wait()
 		wantContent(t, store, "x:2 y:1", "history/a:2 history/b:4")
 		if err := service.Ready(); err != nil {
@@ -78,43 +79,63 @@ func TestDrainStoresInStreamOrder(t *testing.T) {
 	})
 }
 
-// TestBatchesFill feeds one commit a millisecond: transactions must be few, no
-// commit may wait longer than the delay, and after a quiet time none at all.
+// TestBatchesFill feeds one commit a millisecond to a store that takes its time:
+// transactions must be few, no commit may wait longer than the delay, and after a
+// quiet time none at all.
 func TestBatchesFill(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		log, store := newFakeLog(), newFakeStore()
-		appended := make(map[uint64]time.Time)
-		// waited is how long the first commit of each batch waited.
-		waited := func() (waited []time.Duration) {
-			store.mu.Lock()
-			defer store.mu.Unlock()
-			for i, batch := range store.batches {
-				waited = append(waited, store.times[i].Sub(appended[batch.Moves[0].From.Sequence+1]))
-			}
-			return waited
-		}
-		start(t, config(), persistence.Deps{Store: store, Log: log})
-		time.Sleep(time.Second)
-		appended[1] = time.Now()
-		log.append("a", change("first", "1", 1))
-		synctest.Wait()
-		if w := waited(); len(w) != 1 || w[0] != 0 {
-			t.Errorf("after a quiet time the batches are stored after %v", w)
-		}
-		for i := range 1000 {
-			appended[uint64(i+2)] = time.Now()
-			log.append("a", change(fmt.Sprint("k", i), "1", uint64(i+2)))
-			time.Sleep(time.Millisecond)
-		}
-		time.Sleep(time.Second)
-		w := waited()
-		if len(w) < 20 || len(w) > 22 {
-			t.Errorf("a second of commits took %d batches, want 21", len(w))
-		}
-		if worst := slices.Max(w); worst > 50*time.Millisecond {
-			t.Errorf("a commit waited %v", worst)
-		}
-	})
+	for name, c := range map[string]struct {
+		takes    time.Duration
+		min, max int
+		worst    time.Duration
+	}{
+		// A batch begins every 50 ms, the delay.
+		"slow store": {20 * time.Millisecond, 20, 22, 50 * time.Millisecond},
+		// A batch begins every five times its time.
+		"quick store": {2 * time.Millisecond, 95, 105, 10 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				log, store := newFakeLog(), newFakeStore()
+				appended := make(map[uint64]time.Time)
+				var begun []time.Time // guarded by store.mu
+				store.before = func(persistence.Batch) error {
+					store.set(func() { begun = append(begun, time.Now()) })
+					time.Sleep(c.takes)
+					return nil
+				}
+				// waited is how long the first commit of each batch waited.
+				waited := func() (waited []time.Duration) {
+					store.mu.Lock()
+					defer store.mu.Unlock()
+					for i, batch := range store.batches {
+						waited = append(waited, begun[i].Sub(appended[batch.Moves[0].From.Sequence+1]))
+					}
+					return waited
+				}
+				start(t, config(), persistence.Deps{Store: store, Log: log})
+				time.Sleep(time.Second)
+				appended[1] = time.Now()
+				log.append("a", change("first", "1", 1))
+				time.Sleep(time.Second)
+				if w := waited(); len(w) != 1 || w[0] != 0 {
+					t.Errorf("after a quiet time the batches are stored after %v", w)
+				}
+				for i := range 1000 {
+					appended[uint64(i+2)] = time.Now()
+					log.append("a", change(fmt.Sprint("k", i), "1", uint64(i+2)))
+					time.Sleep(time.Millisecond)
+				}
+				time.Sleep(time.Second)
+				w := waited()
+				if len(w) < c.min || len(w) > c.max {
+					t.Errorf("a second of commits took %d batches, want %d to %d", len(w), c.min, c.max)
+				}
+				if worst := slices.Max(w); worst > c.worst {
+					t.Errorf("a commit waited %v", worst)
+				}
+			})
+		})
+	}
 }
 
 func TestBatchesAreBounded(t *testing.T) {
@@ -356,6 +377,36 @@ func TestLOG07Halts(t *testing.T) {
 		"odd original": func(log *fakeLog) {
 			c := ok()
 			first(c).Restamped = []*typesv1.Timestamp{{NodeId: "a:b"}}
+			log.put(c, nil)
+		},
+		"unknown kind":     func(log *fakeLog) { c := ok(); first(c).Kind = 5; log.put(c, nil) },
+		"LWW with a tag":   func(log *fakeLog) { c := ok(); first(c).Tag = "t"; log.put(c, nil) },
+		"OR without a tag": func(log *fakeLog) { c := ok(); first(c).Kind = typesv1.Kind_KIND_OR; log.put(c, nil) },
+		"lock with a tag": func(log *fakeLog) {
+			c := ok()
+			first(c).Kind, first(c).Tag = typesv1.Kind_KIND_LOCK, "t"
+			log.put(c, nil)
+		},
+		"counter without node": func(log *fakeLog) { c := ok(); first(c).Kind = typesv1.Kind_KIND_COUNTER; log.put(c, nil) },
+		"long tag": func(log *fakeLog) {
+			c := ok()
+			first(c).Kind, first(c).Tag = typesv1.Kind_KIND_OR, strings.Repeat("t", 257)
+			log.put(c, nil)
+		},
+		"long node": func(log *fakeLog) {
+			c := ok()
+			first(c).Kind, first(c).Tag = typesv1.Kind_KIND_COUNTER, strings.Repeat("n", 129)
+			log.put(c, nil)
+		},
+		"pruned with a value": func(log *fakeLog) { c := ok(); first(c).Pruned = true; log.put(c, nil) },
+		"pruned without a key": func(log *fakeLog) {
+			c := ok()
+			first(c).Pruned, first(c).Record, first(c).Key = true, nil, nil
+			log.put(c, nil)
+		},
+		"pruned, unknown kind": func(log *fakeLog) {
+			c := ok()
+			first(c).Pruned, first(c).Record, first(c).Kind = true, nil, 5
 			log.put(c, nil)
 		},
 		"hole":                 func(log *fakeLog) { log.numbers["a"]++; log.put(ok(), nil) },

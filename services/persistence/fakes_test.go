@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	logv1 "github.com/topgun-sync/topgun/gen/go/topgun/log/v1"
 	typesv1 "github.com/topgun-sync/topgun/gen/go/topgun/types/v1"
 	"github.com/topgun-sync/topgun/services/internal/commitlog"
@@ -25,8 +27,15 @@ type fakeLog struct {
 	last    uint64
 	numbers map[string]uint64
 	trims   map[string]uint64
+	// times are when commits were appended.
+	times map[uint64]time.Time
 	// down is what every call returns while it is set.
 	down error
+	// slow is how long a commit takes to be read, slowFollow by those who wait for
+	// further ones.
+	slow, slowFollow time.Duration
+	// asked runs whenever somebody was told the last sequence.
+	asked func()
 	// unreadable is the sequence that Read ends with.
 	unreadable uint64
 	changed    chan struct{}
@@ -34,7 +43,7 @@ type fakeLog struct {
 
 func newFakeLog() *fakeLog {
 	return &fakeLog{
-		history: "history", numbers: make(map[string]uint64), trims: make(map[string]uint64), changed: make(chan struct{}),
+		history: "history", numbers: make(map[string]uint64), trims: make(map[string]uint64), times: make(map[uint64]time.Time), changed: make(chan struct{}),
 	}
 }
 
@@ -63,11 +72,12 @@ func (l *fakeLog) put(commit *logv1.Commit, change func(*commitlog.Entry)) uint6
 		l.last++
 		l.numbers[commit.Lane]++
 		commit.Number = l.numbers[commit.Lane]
-		entry := commitlog.Entry{Sequence: l.last, Lane: commit.Lane, Commit: commit}
+		entry := commitlog.Entry{Sequence: l.last, Lane: commit.Lane, Commit: commit, Size: proto.Size(commit)}
 		if change != nil {
 			change(&entry)
 		}
 		l.entries = append(l.entries, entry)
+		l.times[l.last] = time.Now()
 	})
 	return l.last
 }
@@ -76,22 +86,43 @@ func (l *fakeLog) History() string { return l.history }
 
 func (l *fakeLog) LastSequence(context.Context) (uint64, error) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.last, l.down
+	last, down, asked := l.last, l.down, l.asked
+	l.mu.Unlock()
+	if asked != nil {
+		asked()
+	}
+	return last, down
 }
 
 func (l *fakeLog) Read(ctx context.Context, from uint64, follow bool) iter.Seq2[commitlog.Entry, error] {
 	return func(yield func(commitlog.Entry, error) bool) {
+		l.mu.Lock()
+		last := l.last
+		l.mu.Unlock()
 		for {
 			l.mu.Lock()
 			i, _ := slices.BinarySearchFunc(l.entries, from, func(e commitlog.Entry, s uint64) int { return int(e.Sequence) - int(s) })
-			rest, changed, down, unreadable := slices.Clone(l.entries[i:]), l.changed, l.down, l.unreadable
+			rest, changed, down, unreadable, slow := slices.Clone(l.entries[i:]), l.changed, l.down, l.unreadable, l.slow
+			if follow {
+				slow += l.slowFollow
+			}
 			l.mu.Unlock()
 			if down != nil {
 				yield(commitlog.Entry{}, down)
 				return
 			}
 			for _, entry := range rest {
+				if !follow && entry.Sequence > last {
+					return
+				}
+				if slow > 0 {
+					select {
+					case <-ctx.Done():
+						yield(commitlog.Entry{}, ctx.Err())
+						return
+					case <-time.After(slow):
+					}
+				}
 				if entry.Sequence == unreadable {
 					yield(commitlog.Entry{}, commitlog.ErrUnreadable)
 					return
@@ -103,6 +134,9 @@ func (l *fakeLog) Read(ctx context.Context, from uint64, follow bool) iter.Seq2[
 			}
 			if len(rest) > 0 {
 				continue
+			}
+			if !follow {
+				return
 			}
 			select {
 			case <-changed:
@@ -120,6 +154,24 @@ func (l *fakeLog) Trim(_ context.Context, lane string, upTo uint64) error {
 	l.trims[lane] = upTo
 	l.entries = slices.DeleteFunc(l.entries, func(e commitlog.Entry) bool { return e.Lane == lane && e.Sequence < upTo })
 	return l.down
+}
+
+// Expired takes a commit for as many bytes as the test appended it with, and for as
+// old as its entry says.
+func (l *fakeLog) Expired(_ context.Context, before time.Time, keep int64) (uint64, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	excess := -keep
+	for _, entry := range l.entries {
+		excess += int64(entry.Size)
+	}
+	for _, entry := range l.entries {
+		if excess < int64(entry.Size) && !l.times[entry.Sequence].Before(before) {
+			return entry.Sequence, l.down
+		}
+		excess -= int64(entry.Size)
+	}
+	return l.last, l.down
 }
 
 func (l *fakeLog) trimmed() map[string]uint64 {
@@ -209,6 +261,8 @@ func config() persistence.Config {
 	c.Store = persistence.StoreMemory
 	// What the tests of batches count on, whatever suits production.
 	c.BatchChanges, c.BatchBytes, c.BatchDelay = 1000, 4<<20, 50*time.Millisecond
+	// Tests of the journal ask for a log that is kept.
+	c.JournalAge, c.JournalBytes = 0, 0
 	return c
 }
 

@@ -78,7 +78,7 @@ func (m *metrics) tried(ctx context.Context, took time.Duration, err error) {
 func (m *metrics) stored(ctx context.Context, b *batch, changed int) {
 	m.commits.Add(ctx, int64(b.commits))
 	m.rows.Add(ctx, int64(changed), metric.WithAttributes(attribute.Bool("changed", true)))
-	if same := len(b.records) - changed; same > 0 {
+	if same := b.rows() - changed; same > 0 {
 		m.rows.Add(ctx, int64(same), metric.WithAttributes(attribute.Bool("changed", false)))
 	}
 }

@@ -29,12 +29,54 @@ func (a Arrival) Compare(b Arrival) int {
 	return cmp.Or(cmp.Compare(a.Millis, b.Millis), cmp.Compare(a.Counter, b.Counter))
 }
 
-// Record is the stored state of one key.
-type Record struct {
+// Kind says what a record is about, and so when it takes the place of a stored one.
+// The numbers are stored.
+type Kind uint8
+
+const (
+	// LWW is a key of an LWW-map.
+	LWW Kind = 0
+	// OR is a tag below a key of an OR-map.
+	OR Kind = 2
+	// Counter is what one node added to and took from a counter.
+	Counter Kind = 3
+	// Lock is what the shard logged of a lock last.
+	Lock Kind = 4
+)
+
+// Identity names a record. Records of several kinds may share map and key.
+type Identity struct {
+	// Kind is what the record is about.
+	Kind Kind
 	// Map is the name of the map.
 	Map string
 	// Key is the key: any bytes.
 	Key string
+	// Tag is the tag of an OR-map's element or the node of a counter: any bytes,
+	// and none with other kinds.
+	Tag string
+}
+
+// Partition is the partition of the identity: the key alone decides.
+func (id Identity) Partition() int { return keyspace.Partition(id.Key) }
+
+// Compare orders identities in some order that is the same everywhere, map first.
+func (id Identity) Compare(other Identity) int {
+	return cmp.Or(strings.Compare(id.Map, other.Map), strings.Compare(id.Key, other.Key),
+		cmp.Compare(id.Kind, other.Kind), strings.Compare(id.Tag, other.Tag))
+}
+
+// Pruned says that a tombstone was forgotten: what is stored under the identity and
+// arrived before it goes.
+type Pruned struct {
+	Identity
+	// Arrival is when the shard forgot it.
+	Arrival Arrival
+}
+
+// Record is the stored state of one identity.
+type Record struct {
+	Identity
 	// State is value, stamp and time to live. Its value is shared, not copied.
 	State lwwmap.Record
 	// Arrival is when the shard took the state in.
@@ -44,21 +86,19 @@ type Record struct {
 	Restamped []hlc.Timestamp
 }
 
-// Partition is the partition of the record's key.
-func (r Record) Partition() int { return keyspace.Partition(r.Key) }
-
 // Replaces reports whether the record may take the place of a stored one of the
-// same key: it arrived later, and its stamp is not older.
+// same identity: it arrived later and, in an LWW-map, its stamp is not older.
 //
 // The arrival alone orders the log, so a record that is delivered again, or late
-// by another drainer, is recognised by it. The stamp says who won; a shard never
-// logs a loser, so a later arrival with an older stamp can only be a fault, and
-// keeping the newer stamp is what keeps a delete deleted (RELIABILITY PG-02,
-// CRDT-04). Equal stamps pass: a shard logs the same state again when only the
-// remembered original stamps grew.
+// by another drainer, is recognised by it. The stamp says who won in an LWW-map; a
+// shard never logs a loser, so a later arrival with an older stamp can only be a
+// fault, and keeping the newer stamp is what keeps a delete deleted (RELIABILITY
+// PG-02, CRDT-04). Equal stamps pass: a shard logs the same state again when only
+// the remembered original stamps grew. With the other kinds the stamp does not
+// decide: a tombstone beats a younger add, and counters merge by their sums.
 func (r Record) Replaces(stored Record) bool {
 	return r.Arrival.Compare(stored.Arrival) > 0 &&
-		r.State.Timestamp.Compare(stored.State.Timestamp) >= 0
+		(r.Kind != LWW || r.State.Timestamp.Compare(stored.State.Timestamp) >= 0)
 }
 
 // KeyText is the key as text, for people; ok is false when it is not text that a
@@ -98,7 +138,7 @@ func escapesNUL(text []byte) bool {
 
 // Size is about how many bytes the record holds in memory.
 func (r Record) Size() int {
-	size := 128 + len(r.Map) + len(r.Key) + len(r.State.Value) + len(r.State.Timestamp.NodeID)
+	size := 144 + len(r.Map) + len(r.Key) + len(r.Tag) + len(r.State.Value) + len(r.State.Timestamp.NodeID)
 	for _, stamp := range r.Restamped {
 		size += 32 + len(stamp.NodeID)
 	}

@@ -3,6 +3,7 @@ package persistence
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	connect "connectrpc.com/connect/v2"
 
@@ -14,6 +15,12 @@ import (
 // chunkBytes bounds the records of one LoadResponse. A record above it travels
 // alone; none is above 256 KiB and some.
 const chunkBytes = 1 << 20
+
+// defaultPage and maxPage are how many entries a page of the journal has.
+const (
+	defaultPage = 100
+	maxPage     = 1000
+)
 
 // Register registers the service's handlers.
 func (s *Service) Register(server *connect.Server) {
@@ -77,6 +84,63 @@ func (h handler) Flush(ctx context.Context, _ *persistencev1.FlushRequest) (*per
 	return &persistencev1.FlushResponse{Sequence: sequence}, nil
 }
 
+func (h handler) FollowWatermarks(ctx context.Context, _ *persistencev1.FollowWatermarksRequest, stream persistencev1connect.PersistenceServiceFollowWatermarksServerStream) error {
+	var sendErr error
+	err := h.followWatermarks(ctx, func(marks []Watermark) error {
+		sendErr = stream.Send(&persistencev1.FollowWatermarksResponse{Watermarks: protoWatermarks(marks)})
+		return sendErr
+	})
+	if sendErr != nil {
+		return sendErr
+	}
+	return h.translate(ctx, "follow watermarks", err)
+}
+
+func (h handler) ReadJournal(ctx context.Context, req *persistencev1.ReadJournalRequest) (*persistencev1.ReadJournalResponse, error) {
+	filter, err := journalFilterOf(req.GetFilter())
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err.Error())
+	}
+	limit := int(req.GetLimit())
+	switch {
+	case limit == 0:
+		limit = defaultPage
+	case limit > maxPage:
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Sprintf("limit must be 0 to %d", maxPage))
+	}
+	page, err := h.journal.read(ctx, req.GetFromSequence(), limit, filter)
+	if err != nil {
+		return nil, h.translate(ctx, "read the journal", err)
+	}
+	return &persistencev1.ReadJournalResponse{Entries: protoJournal(page.entries), More: page.more}, nil
+}
+
+func (h handler) FollowJournal(ctx context.Context, req *persistencev1.FollowJournalRequest, stream persistencev1connect.PersistenceServiceFollowJournalServerStream) error {
+	filter, err := journalFilterOf(req.GetFilter())
+	if err != nil {
+		return connect.NewError(connect.CodeInvalidArgument, err.Error())
+	}
+	var sendErr error
+	err = h.journal.follow(ctx, req.GetFromSequence(), filter, func(entries []journalEntry) error {
+		for {
+			n, size := 0, 0
+			for n < len(entries) && (n == 0 || size+entries[n].size() <= chunkBytes) {
+				size += entries[n].size()
+				n++
+			}
+			sendErr = stream.Send(&persistencev1.FollowJournalResponse{Entries: protoJournal(entries[:n])})
+			entries = entries[n:]
+			if sendErr != nil || len(entries) == 0 {
+				return sendErr
+			}
+		}
+	})
+	if sendErr != nil {
+		return sendErr
+	}
+	return h.translate(ctx, "follow the journal", err)
+}
+
 func (h handler) Describe(ctx context.Context, _ *persistencev1.DescribeRequest) (*persistencev1.DescribeResponse, error) {
 	description, err := h.describe(ctx)
 	if err != nil {
@@ -103,6 +167,16 @@ func (h handler) translate(ctx context.Context, call string, err error) error {
 		return connect.NewError(connect.CodeDeadlineExceeded, "the deadline passed first")
 	case errors.Is(err, errHalted):
 		return connect.NewError(connect.CodeFailedPrecondition, "the drain has halted; the service's log says why")
+	case errors.Is(err, errScanTime):
+		return connect.NewError(connect.CodeDeadlineExceeded, "the journal was not searched to an answer in time; the same call goes on where this one ended")
+	case errors.Is(err, errTooSlow):
+		return connect.NewError(connect.CodeResourceExhausted, "entries were not taken fast enough; follow again from the last sequence received plus one")
+	case errors.Is(err, errTooMany):
+		return connect.NewError(connect.CodeResourceExhausted, fmt.Sprintf("the journal has its %d followers", maxFollowers))
+	case errors.Is(err, errReplaced):
+		return connect.NewError(connect.CodeOutOfRange, "the position is beyond the end of the log, which was replaced or has lost commits; read the journal anew from the beginning")
+	case errors.Is(err, errStopping):
+		return connect.NewError(connect.CodeUnavailable, "the service is stopping; follow again")
 	}
 	h.logger.WarnContext(ctx, "a call cannot be answered", "call", call, "error", err)
 	switch {

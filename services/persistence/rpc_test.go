@@ -106,6 +106,51 @@ func TestLoadReturnsWhatTheLogSaid(t *testing.T) {
 	}
 }
 
+// TestLoadReturnsAllKinds stores what is about one key in every way, and forgets one.
+func TestLoadReturnsAllKinds(t *testing.T) {
+	log := newFakeLog()
+	service, _ := start(t, config(), persistence.Deps{Store: newFakeStore(), Log: log})
+	client := dial(service)
+	of := func(kind typesv1.Kind, mapName, tag, value string, at uint64) *typesv1.Change {
+		c := change("key", value, at)
+		c.Kind, c.Map, c.Tag = kind, mapName, tag
+		return c
+	}
+	const or, counter, lock = typesv1.Kind_KIND_OR, typesv1.Kind_KIND_COUNTER, typesv1.Kind_KIND_LOCK
+	want := []*typesv1.Change{
+		of(lock, "!locks", "", "held", 5),
+		of(counter, "+"+strings.Repeat("c", 256), "node-a", "sums", 6),
+		of(0, "todos", "", "value", 1),
+		of(or, "todos", "1:0:a", "", 3),
+		of(or, "todos", "2:0:a", "two", 4),
+	}
+	log.append("a", want...)
+	explicit := of(typesv1.Kind_KIND_LWW, "$devices", "", "cursors", 7)
+	forgotten := of(or, "todos", "3:0:a", "", 8)
+	log.append("a", explicit, forgotten)
+	pruned := of(or, "todos", "3:0:a", "", 9)
+	pruned.Record, pruned.Pruned = nil, true
+	again := of(or, "todos", "2:0:a", "", 2) // does not go: it came before
+	again.Record, again.Pruned = nil, true
+	log.append("b", pruned, again)
+	if _, err := client.Flush(t.Context(), &persistencev1.FlushRequest{}); err != nil {
+		t.Fatalf("flush: %v", err)
+	}
+	responses, err := receive(t.Context(), client, everything())
+	if err != nil || len(responses) != 2 {
+		t.Fatalf("load: %d responses, %v", len(responses), err)
+	}
+	got := responses[1].GetChanges()
+	slices.SortFunc(got, func(a, b *typesv1.Change) int {
+		return strings.Compare(a.GetMap()+" "+a.GetTag(), b.GetMap()+" "+b.GetTag())
+	})
+	explicit.Kind = 0 // as writers leave it out
+	want = slices.Insert(want, 1, explicit)
+	if !slices.EqualFunc(got, want, func(a, b *typesv1.Change) bool { return proto.Equal(a, b) }) {
+		t.Errorf("loaded %v\nwant %v", got, want)
+	}
+}
+
 func TestLoadChunksAreBounded(t *testing.T) {
 	log, store := newFakeLog(), newFakeStore()
 	service, _ := start(t, config(), persistence.Deps{Store: store, Log: log})

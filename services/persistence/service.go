@@ -22,6 +22,8 @@ var (
 	errLog = errors.New("the log is unavailable")
 	// errWentBack means that the store or the log shows an older state than before.
 	errWentBack = errors.New("the store or the log went back to an older state")
+	// errStopping means that Run has ended or is about to.
+	errStopping = errors.New("the service is stopping")
 	// errStarting is the reason for not being ready before the first reading.
 	errStarting = errors.New("the store and the log have not been read yet")
 )
@@ -58,9 +60,13 @@ type Service struct {
 	// wentBack tells the drain that the store or the log is behind what the drain
 	// believes.
 	wentBack chan struct{}
+	// stopping is closed when Run is to end: whoever follows ends as well.
+	stopping chan struct{}
+	journal  *journal
 
 	mu sync.Mutex
-	// marks are the stored positions of the log's lanes, as the drain knows them.
+	// marks are the stored positions of the log's lanes, as the drain knows them; nil
+	// until they have been read. The map is never changed, only replaced.
 	marks map[string]Position
 	// stored is the highest sequence up to which everything is stored.
 	stored uint64
@@ -100,7 +106,8 @@ func New(config Config, deps Deps) (*Service, error) {
 		now:      deps.Now,
 		hurry:    make(chan struct{}, 1),
 		wentBack: make(chan struct{}, 1),
-		marks:    make(map[string]Position),
+		stopping: make(chan struct{}),
+		journal:  newJournal(deps.Log),
 		trouble:  errStarting,
 		changed:  make(chan struct{}),
 	}
@@ -117,6 +124,11 @@ func (s *Service) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.drain(ctx) })
 	wg.Go(func() { s.watch(ctx) })
+	wg.Go(func() { s.journal.run(ctx) })
+	wg.Go(func() {
+		<-ctx.Done()
+		close(s.stopping)
+	})
 	wg.Wait()
 	return s.metrics.close()
 }

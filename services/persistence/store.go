@@ -21,7 +21,8 @@ type Store interface {
 	// nothing (RELIABILITY PG-08). Records must not be modified.
 	Load(ctx context.Context, partitions []int, watermarks func([]Watermark) error, record func(Record) error) error
 	// Commit stores a batch in one transaction and returns how many rows it
-	// changed. ErrConflict means that nothing was stored because a watermark was
+	// changed, those that it deleted included: first what Pruned names goes, then
+	// the records come, each by Record.Replaces. ErrConflict means that nothing was stored because a watermark was
 	// not where the batch expected it. After any other error the outcome is
 	// unknown; committing the same batch again then ends in ErrConflict if it had
 	// been stored.
@@ -80,8 +81,11 @@ type Move struct {
 type Batch struct {
 	// History is the identity of the log that the moves count in.
 	History string
-	// Records holds each key of a map at most once.
+	// Records holds each identity at most once.
 	Records []Record
+	// Pruned holds each identity at most once. One that is also in Records came back
+	// after it was forgotten.
+	Pruned []Pruned
 	// Moves holds each lane at most once, and at least one lane.
 	Moves []Move
 }

@@ -2,6 +2,7 @@ package persistence
 
 import (
 	"context"
+	"math"
 	"time"
 )
 
@@ -32,6 +33,7 @@ func (s *Service) watch(ctx context.Context) {
 			if end < stored {
 				// The next round reads both and halts (RELIABILITY LOG-04).
 				s.restartDrain()
+				s.journal.live.fail(errReplaced)
 			}
 		}
 		if now := s.now(); now.Sub(last) >= s.config.TrimEvery {
@@ -71,7 +73,14 @@ func (s *Service) look(ctx context.Context, now time.Time, trim *trimmer) {
 			return
 		}
 	}
-	for lane, upTo := range trim.due(now, marks, s.config.TrimAge) {
+	kept, err := s.journalFrom(ctx, now)
+	if err != nil {
+		if ctx.Err() == nil {
+			s.logger.WarnContext(ctx, "find what of the log may go", "error", err)
+		}
+		return
+	}
+	for lane, upTo := range trim.due(now, marks, s.config.TrimAge, kept) {
 		err := s.log.Trim(ctx, lane, upTo)
 		if ctx.Err() != nil {
 			return // the rest has its turn next time
@@ -82,6 +91,18 @@ func (s *Service) look(ctx context.Context, now time.Time, trim *trimmer) {
 		}
 		trim.trimmed[lane] = upTo
 	}
+}
+
+// journalFrom is the sequence from which on the log is kept for those who read the
+// journal.
+func (s *Service) journalFrom(ctx context.Context, now time.Time) (uint64, error) {
+	if s.config.JournalAge == 0 || s.config.JournalBytes == 0 {
+		return math.MaxUint64, nil
+	}
+	// The rest of the time is for trimming what was found.
+	search, cancel := context.WithTimeout(ctx, s.config.StoreTimeout/2)
+	defer cancel()
+	return s.log.Expired(search, now.Add(-s.config.JournalAge), s.config.JournalBytes)
 }
 
 // restartDrain makes the drain start again from what store and log say.
@@ -111,8 +132,9 @@ type trimmer struct {
 // forget drops the samples, since the store no longer holds what they saw.
 func (t *trimmer) forget() { clear(t.samples) }
 
-// due takes the store's watermarks and returns up to where lanes may be trimmed.
-func (t *trimmer) due(now time.Time, marks map[string]Position, age time.Duration) map[string]uint64 {
+// due takes the store's watermarks and returns up to where lanes may be trimmed:
+// what has been stored for the age, and lies below the sequence kept.
+func (t *trimmer) due(now time.Time, marks map[string]Position, age time.Duration, kept uint64) map[string]uint64 {
 	due := make(map[string]uint64)
 	for lane, position := range marks {
 		samples := t.samples[lane]
@@ -127,7 +149,7 @@ func (t *trimmer) due(now time.Time, marks map[string]Position, age time.Duratio
 			old++
 		}
 		if old > 0 {
-			if upTo := samples[old-1].sequence; upTo > t.trimmed[lane] {
+			if upTo := min(samples[old-1].sequence, kept); upTo > t.trimmed[lane] {
 				due[lane] = upTo
 			}
 			samples = samples[old-1:]

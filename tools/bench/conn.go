@@ -23,6 +23,8 @@ type conn struct {
 	read  *bufio.Reader
 	frame bytes.Buffer // of the frame that is being written
 	body  []byte       // of the last frame read; reused
+	// unpacked are the messages of the last frame, a BATCH, that were not asked for yet.
+	unpacked []wire.Message
 
 	// bytesIn counts what was read from the socket, frame headers included.
 	bytesIn int
@@ -76,8 +78,33 @@ func (c *conn) send(m wire.Message) error {
 	return nil
 }
 
-// receive reads the next message. It stays valid until the next call.
+// receive returns the next message. It stays valid until the next call.
 func (c *conn) receive() (wire.Message, error) {
+	for {
+		var m wire.Message
+		if len(c.unpacked) > 0 {
+			m, c.unpacked = c.unpacked[0], c.unpacked[1:]
+		} else {
+			var err error
+			if m, err = c.readFrame(); err != nil {
+				return nil, err
+			}
+		}
+		switch m := m.(type) {
+		case *wire.Batch:
+			c.unpacked = m.Messages
+			continue
+		case *wire.ErrorMessage:
+			return nil, fmt.Errorf("the server answered ERROR %d %s", m.Code, m.Message)
+		case *wire.OpRejected:
+			return nil, fmt.Errorf("op %s was rejected: %s", m.OpID, m.Reason)
+		}
+		return m, nil
+	}
+}
+
+// readFrame reads the next message from the socket.
+func (c *conn) readFrame() (wire.Message, error) {
 	if err := c.SetReadDeadline(time.Now().Add(answerTimeout)); err != nil {
 		return nil, err
 	}
@@ -106,12 +133,6 @@ func (c *conn) receive() (wire.Message, error) {
 		m, err := wire.DecodeServer(c.body)
 		if err != nil {
 			return nil, fmt.Errorf("decode a frame: %w", err)
-		}
-		switch m := m.(type) {
-		case *wire.ErrorMessage:
-			return nil, fmt.Errorf("the server answered ERROR %d %s", m.Code, m.Message)
-		case *wire.OpRejected:
-			return nil, fmt.Errorf("op %s was rejected: %s", m.OpID, m.Reason)
 		}
 		return m, nil
 	}

@@ -112,6 +112,15 @@ func scenarios() []scenario {
 		scenario{"sync, sqlite", syncScenario},
 		scenario{"idle connections, memory", idleScenario},
 		scenario{"restart, sqlite", restartScenario},
+		distinctQueries(1),
+		distinctQueries(1000),
+		distinctQueries(100_000),
+		equalQueries(1000),
+		counterScenario("memory"),
+		counterScenario("sqlite"),
+		lockScenario("memory", false),
+		lockScenario("sqlite", false),
+		lockScenario("memory", true),
 	)
 }
 
@@ -120,7 +129,7 @@ func parse(args []string) (*bench, error) {
 	var only string
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.StringVar(&b.settings.binary, "server", "", "path of a topgun binary; built from this tree if empty")
-	flags.StringVar(&only, "only", "", "regular expression of the scenarios to run: write, fan-out, sync, idle, restart")
+	flags.StringVar(&only, "only", "", "regular expression of the scenarios to run: write, fan-out, sync, idle, restart, queries, subscribers, counter, lock")
 	flags.IntVar(&b.reps, "reps", 3, "repetitions")
 	flags.DurationVar(&b.duration, "duration", 2*time.Second, "length of one write measurement")
 	flags.DurationVar(&b.pause, "pause", 2*time.Second, "how long the server is left alone between loading, the first sync and the re-sync")

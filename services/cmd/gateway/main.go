@@ -12,6 +12,7 @@ import (
 	"github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1/fanoutv1connect"
 	"github.com/topgun-sync/topgun/gen/go/topgun/gateway/v1/gatewayv1connect"
 	"github.com/topgun-sync/topgun/gen/go/topgun/partition/v1/partitionv1connect"
+	"github.com/topgun-sync/topgun/gen/go/topgun/persistence/v1/persistencev1connect"
 	"github.com/topgun-sync/topgun/services/cmd/internal/cli"
 	"github.com/topgun-sync/topgun/services/gateway"
 	"github.com/topgun-sync/topgun/services/internal/obs"
@@ -28,6 +29,8 @@ type program struct {
 	OperatorListen string `name:"operator-listen" default:"127.0.0.1:8081" env:"TOPGUN_OPERATOR_LISTEN" placeholder:"HOST:PORT" help:"Address for operators: health, metrics, profiles and GatewayService."`
 	Partition      string `required:"" env:"TOPGUN_PARTITION" placeholder:"URL" help:"Where the partition service is, for example http://partition:8082."`
 	Fanout         string `required:"" env:"TOPGUN_FANOUT" placeholder:"URL" help:"Where the fanout service is, for example http://fanout:8083."`
+	Persistence    string `required:"" env:"TOPGUN_PERSISTENCE" placeholder:"URL" help:"Where the persistence service is, for example http://persistence:8084."`
+	PublicURL      string `name:"public-url" env:"TOPGUN_PUBLIC_URL" placeholder:"URL" help:"Address of the WebSocket as clients reach it, ws:// or wss://, for clients in cluster mode (default: the host that the client connected to)."`
 
 	cli.Access
 	cli.Telemetry
@@ -42,14 +45,16 @@ func (p *program) Run(ctx context.Context, t *obs.Telemetry, out io.Writer) erro
 	config.Listen = p.Listen
 	// Sessions of two gateways must not share an origin.
 	config.GatewayID = "gateway-" + strings.ToLower(rand.Text()[:10])
+	config.PublicURL = p.PublicURL
 	if err := p.Apply(&config); err != nil {
 		return err
 	}
 	deps := rpc.Deps{Logger: t.Logger, Meter: t.Meter, Tracer: t.Tracer}
 	service, err := gateway.New(config, gateway.Deps{
-		Partition: partitionv1connect.NewPartitionServiceClient(rpc.Dial(p.Partition, nil, deps)),
-		Fanout:    fanoutv1connect.NewFanoutServiceClient(rpc.Dial(p.Fanout, nil, deps)),
-		Logger:    t.Logger, Meter: t.Meter, Tracer: t.Tracer,
+		Partition:   partitionv1connect.NewPartitionServiceClient(rpc.Dial(p.Partition, nil, deps)),
+		Fanout:      fanoutv1connect.NewFanoutServiceClient(rpc.Dial(p.Fanout, nil, deps)),
+		Persistence: persistencev1connect.NewPersistenceServiceClient(rpc.Dial(p.Persistence, nil, deps)),
+		Logger:      t.Logger, Meter: t.Meter, Tracer: t.Tracer,
 	})
 	if err != nil {
 		return err

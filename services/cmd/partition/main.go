@@ -30,6 +30,7 @@ type program struct {
 	NodeID string `name:"node-id" default:"partition" env:"TOPGUN_NODE_ID" placeholder:"NAME" help:"Name of this node in the log: letters, digits, - and _."`
 
 	cli.Shards
+	cli.Tombstones
 	cli.Log
 	cli.Telemetry
 }
@@ -52,6 +53,7 @@ func (p *program) Run(ctx context.Context, t *obs.Telemetry, out io.Writer) (err
 	defer func() { err = errors.Join(err, events.Close()) }()
 	config := partition.DefaultConfig()
 	config.NodeID, config.AcceptLogLoss = p.NodeID, p.AcceptLogLoss
+	p.Apply(&config)
 	service, err := partition.New(config, partition.Deps{
 		Log:    log,
 		Events: events,

@@ -27,6 +27,7 @@ type program struct {
 	NATS     string `name:"nats" required:"" env:"TOPGUN_NATS" placeholder:"URL" help:"The NATS server that holds the log."`
 	Postgres string `required:"" env:"TOPGUN_POSTGRES,DATABASE_URL" placeholder:"URL" help:"Connection URL of the Postgres. Better in the environment: arguments are visible to other users."`
 
+	cli.Journal
 	cli.Log
 	cli.Telemetry
 }
@@ -38,6 +39,7 @@ func (p *program) Setup() (string, cli.Telemetry) { return "topgun-persistence",
 func (p *program) Run(ctx context.Context, t *obs.Telemetry, out io.Writer) (err error) {
 	config := persistence.DefaultConfig()
 	config.Store, config.PostgresURL = persistence.StorePostgres, p.Postgres
+	p.Apply(&config)
 
 	conn, err := broker.Connect(ctx, p.NATS, "persistence", t.Logger)
 	if err != nil {

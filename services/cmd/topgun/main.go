@@ -36,9 +36,12 @@ type topgun struct {
 	Postgres       string `env:"TOPGUN_POSTGRES,DATABASE_URL" placeholder:"URL" help:"Connection URL of a Postgres that the records are kept in. Better in the environment: arguments are visible to other users."`
 	NATS           string `name:"nats" env:"TOPGUN_NATS" placeholder:"URL" help:"A NATS server with JetStream to use instead of the one inside."`
 	LogSync        string `name:"log-sync" env:"TOPGUN_LOG_SYNC" enum:"always,interval" default:"always" placeholder:"WHEN" help:"When the log is written to the disk: always (before every ack) or interval (within two minutes; a power cut loses what was acked since)."`
+	PublicURL      string `name:"public-url" env:"TOPGUN_PUBLIC_URL" placeholder:"URL" help:"Address of the WebSocket as clients reach it, ws:// or wss://, for clients in cluster mode (default: the host that the client connected to)."`
 
 	cli.Access
 	cli.Shards
+	cli.Tombstones
+	cli.Journal
 	cli.Telemetry
 }
 
@@ -107,7 +110,10 @@ func (p *topgun) config() (allinone.Config, error) {
 	config.SyncAlways = p.LogSync == "always"
 	config.Gateway.Listen = p.Listen
 	config.Partition.AcceptLogLoss = p.AcceptLogLoss
-	if err := p.Apply(&config.Gateway); err != nil {
+	p.Tombstones.Apply(&config.Partition)
+	p.Journal.Apply(&config.Persistence)
+	config.Gateway.PublicURL = p.PublicURL
+	if err := p.Access.Apply(&config.Gateway); err != nil {
 		return allinone.Config{}, err
 	}
 	switch {

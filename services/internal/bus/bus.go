@@ -1,12 +1,14 @@
-// Package bus is the broadcast of what the shards logged: from the partitions that
-// publish it to the fanouts that pass it on.
+// Package bus is the broadcast of what the shards logged, from the partitions that
+// publish it to the fanouts that pass it on, and of the messages of topics, from one
+// fanout to all that have subscribers.
 //
 // It promises that the messages of one publisher arrive in the order they were
-// published, each at most once, and only those of subscribed maps. It does not
-// promise that they arrive: a broadcast is lost when the broker is away or a
-// subscriber is too slow. Events are numbered and heartbeats carry the newest
+// published, each at most once, and only those of subscribed maps and topics. It
+// does not promise that they arrive: a broadcast is lost when the broker is away or
+// a subscriber is too slow. Events are numbered and heartbeats carry the newest
 // number, so that subscribers find what is missing (FAN-01); OnLoss tells them
-// sooner where the bus knows.
+// sooner where the bus knows. Messages of topics are not numbered: one that is lost
+// is lost (PROTOCOL 14.1).
 //
 // Package natsbus is the one that runs, membus the one for tests within a process;
 // package bustest holds what both must fulfil.
@@ -46,6 +48,10 @@ type Publisher interface {
 	PublishEvent(ctx context.Context, event *fanoutv1.Event) error
 	// PublishHeartbeat sends a heartbeat to all subscribers of heartbeats.
 	PublishHeartbeat(ctx context.Context, heartbeat *fanoutv1.Heartbeat) error
+	// PublishTopic sends a message, with the trace context of ctx, to the subscribers
+	// of message.Topic. It does not wait for them. An error means that the message
+	// may be lost.
+	PublishTopic(ctx context.Context, message *fanoutv1.TopicMessage) error
 	// Flush returns when the broker has everything published before it.
 	Flush(ctx context.Context) error
 }
@@ -57,6 +63,9 @@ type EventHandler func(ctx context.Context, event *fanoutv1.Event)
 
 // HeartbeatHandler gets heartbeats, under the rules of EventHandler.
 type HeartbeatHandler func(heartbeat *fanoutv1.Heartbeat)
+
+// TopicHandler gets the messages of a topic, under the rules of EventHandler.
+type TopicHandler func(ctx context.Context, message *fanoutv1.TopicMessage)
 
 // Subscription is one interest.
 type Subscription interface {
@@ -72,6 +81,9 @@ type Subscriber interface {
 	SubscribeEvents(mapName string, handle EventHandler) (Subscription, error)
 	// SubscribeHeartbeats asks for the heartbeats of all shards.
 	SubscribeHeartbeats(handle HeartbeatHandler) (Subscription, error)
+	// SubscribeTopic asks for the messages of one topic, under the rules of
+	// SubscribeEvents. A topic and a map of the same name are two things.
+	SubscribeTopic(topic string, handle TopicHandler) (Subscription, error)
 	// Flush returns when every subscription made before it is in force: what is
 	// published from then on is delivered, or lost in one of the ways named above.
 	Flush(ctx context.Context) error

@@ -26,6 +26,8 @@
 //     and number within the lane. Numbers rise by one, which is how a reader proves
 //     that it missed nothing; sequences have holes where other lanes wrote, or
 //     where Trim was.
+//   - The log may be trimmed as soon as it is stored. Whoever wants to read its past
+//     keeps more of it, and learns from Expired what need not be kept.
 //   - The sync policy of the server cannot be asked for by a client (LOG-05): whoever
 //     starts the server is answerable for it.
 package commitlog

@@ -245,6 +245,81 @@ func (l *Log) Trim(ctx context.Context, lane string, upTo uint64) error {
 	return nil
 }
 
+const (
+	// keptShare of the log's size may be taken by what is kept without need; the rest
+	// is for commits that are not stored yet.
+	keptShare = 4
+	// expiredMessages is how many commits one Expired looks at.
+	expiredMessages = 500_000
+	// messageBytes is what the stream keeps beside subject, header lines and payload.
+	messageBytes = 46
+)
+
+// Expired returns a sequence of the stream below which all commits were appended
+// before a time or are followed by at least keep bytes of the log: what need not be
+// kept for readers of the past. Whether they are stored it does not know. A quarter of
+// the log's size is kept at most, whatever keep says, so that a log which is kept for
+// long is not full. The age is by the server's clock. It reads the headers of the
+// commits that have expired, so its time is that of what is trimmed afterwards; when
+// the deadline of ctx ends that, or half a million commits, what it returns is short of
+// the end, and the next call goes on once that much was trimmed.
+func (l *Log) Expired(ctx context.Context, before time.Time, keep int64) (uint64, error) {
+	info, err := l.stream.Info(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("read the state of the log: %w", err)
+	}
+	if limit := info.Config.MaxBytes; limit > 0 {
+		keep = min(keep, limit/keptShare)
+	}
+	excess := int64(info.State.Bytes) - keep
+	if info.State.Msgs == 0 || excess <= 0 && !info.State.FirstTime.Before(before) {
+		return info.State.FirstSeq, nil
+	}
+	messages, err := l.messages(ctx, max(info.State.FirstSeq, 1), true)
+	if err != nil {
+		return 0, err
+	}
+	defer messages.Stop()
+	reached := info.State.FirstSeq
+	for looked := 1; ; looked++ {
+		msg, meta, err := nextMessage(ctx, messages)
+		if errors.Is(err, context.DeadlineExceeded) {
+			return reached, nil
+		}
+		if err != nil {
+			return 0, err
+		}
+		reached = meta.Sequence.Stream
+		size, err := storedSize(msg)
+		if err != nil {
+			return 0, fmt.Errorf("sequence %d of the log: %w", reached, err)
+		}
+		if excess < size && !meta.Timestamp.Before(before) ||
+			reached >= info.State.LastSeq || looked == expiredMessages {
+			return reached, nil
+		}
+		excess -= size
+	}
+}
+
+// storedSize is how many bytes a message takes in the stream, when it was delivered
+// without its payload.
+func storedSize(msg jetstream.Msg) (int64, error) {
+	payload, err := strconv.ParseInt(msg.Headers().Get(nats.MsgSize), 10, 64)
+	if err != nil {
+		return 0, errors.New("it comes without its size")
+	}
+	size := payload + int64(len(msg.Subject())+messageBytes)
+	for key, values := range msg.Headers() {
+		for _, value := range values {
+			if key != nats.MsgSize {
+				size += int64(len(key) + len(value) + len(": \r\n"))
+			}
+		}
+	}
+	return size, nil
+}
+
 // checkLane keeps lane names to one token of a subject.
 func checkLane(lane string) error {
 	ok := lane != "" && len(lane) <= 128

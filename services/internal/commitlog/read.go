@@ -59,7 +59,7 @@ func (l *Log) Read(ctx context.Context, from uint64, follow bool) iter.Seq2[Entr
 				return
 			}
 		}
-		messages, err := l.messages(ctx, max(from, 1))
+		messages, err := l.messages(ctx, max(from, 1), false)
 		if err != nil {
 			yield(Entry{}, err)
 			return
@@ -81,11 +81,13 @@ func (l *Log) Read(ctx context.Context, from uint64, follow bool) iter.Seq2[Entr
 	}
 }
 
-func (l *Log) messages(ctx context.Context, from uint64) (jetstream.MessagesContext, error) {
+// messages reads the stream from a sequence on, with or without payloads.
+func (l *Log) messages(ctx context.Context, from uint64, headersOnly bool) (jetstream.MessagesContext, error) {
 	consumer, err := l.stream.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
 		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:       from,
 		InactiveThreshold: idleConsumer,
+		HeadersOnly:       headersOnly,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read the log: %w", err)
@@ -97,17 +99,25 @@ func (l *Log) messages(ctx context.Context, from uint64) (jetstream.MessagesCont
 	return messages, nil
 }
 
-func next(ctx context.Context, messages jetstream.MessagesContext) (Entry, error) {
+func nextMessage(ctx context.Context, messages jetstream.MessagesContext) (jetstream.Msg, *jetstream.MsgMetadata, error) {
 	msg, err := messages.Next(jetstream.NextContext(ctx))
 	if err != nil {
 		if ctx.Err() != nil {
 			err = ctx.Err()
 		}
-		return Entry{}, fmt.Errorf("read the log: %w", err)
+		return nil, nil, fmt.Errorf("read the log: %w", err)
 	}
 	meta, err := msg.Metadata()
 	if err != nil {
-		return Entry{}, fmt.Errorf("read the log: %w", err)
+		return nil, nil, fmt.Errorf("read the log: %w", err)
+	}
+	return msg, meta, nil
+}
+
+func next(ctx context.Context, messages jetstream.MessagesContext) (Entry, error) {
+	msg, meta, err := nextMessage(ctx, messages)
+	if err != nil {
+		return Entry{}, err
 	}
 	lane, ok := strings.CutPrefix(msg.Subject(), subjectPrefix)
 	if !ok || lane == "" {

@@ -58,6 +58,10 @@ func (f fake) Subscribe(ctx context.Context, _ *fanoutv1.SubscribeRequest, out f
 	return f.subscribe(ctx, out)
 }
 
+func (f fake) Publish(context.Context, *fanoutv1.PublishRequest) (*fanoutv1.PublishResponse, error) {
+	return &fanoutv1.PublishResponse{}, nil
+}
+
 func (f fake) Watch(_ context.Context, req *fanoutv1.WatchRequest) (*fanoutv1.WatchResponse, error) {
 	return f.watch(req)
 }

@@ -14,19 +14,16 @@ import (
 // Store is safe for concurrent use.
 type Store struct {
 	mu         sync.RWMutex
-	records    map[key]persistence.Record
+	records    map[persistence.Identity]persistence.Record
 	watermarks map[lane]persistence.Position
 }
 
-type (
-	key  struct{ mapName, key string }
-	lane struct{ history, lane string }
-)
+type lane struct{ history, lane string }
 
 // New returns an empty store.
 func New() *Store {
 	return &Store{
-		records:    make(map[key]persistence.Record),
+		records:    make(map[persistence.Identity]persistence.Record),
 		watermarks: make(map[lane]persistence.Position),
 	}
 }
@@ -80,12 +77,17 @@ func (s *Store) Commit(ctx context.Context, batch persistence.Batch) (int, error
 		s.watermarks[lane{batch.History, move.Lane}] = move.To
 	}
 	changed := 0
+	for _, p := range batch.Pruned {
+		if stored, ok := s.records[p.Identity]; ok && stored.Arrival.Compare(p.Arrival) < 0 {
+			delete(s.records, p.Identity)
+			changed++
+		}
+	}
 	for _, r := range batch.Records {
-		k := key{r.Map, r.Key}
-		if stored, ok := s.records[k]; ok && !r.Replaces(stored) {
+		if stored, ok := s.records[r.Identity]; ok && !r.Replaces(stored) {
 			continue
 		}
-		s.records[k] = r
+		s.records[r.Identity] = r
 		changed++
 	}
 	return changed, nil

@@ -26,8 +26,8 @@ const versions = "topgun.schema_versions"
 // and says once how durable the server is.
 //
 // A schema that is up to date is only read, so that a role without the right to
-// define tables can run the service. A newer schema is left alone: migrations
-// only ever add, so that the version before can go on (RELIABILITY UPG-02).
+// define tables can run the service. A newer schema is left alone: what it does not
+// take from this program it refuses, and nothing is lost meanwhile (UPG-02).
 func (s *Store) ensureSchema(ctx context.Context) error {
 	select {
 	case <-s.schema:
@@ -61,7 +61,24 @@ func (s *Store) ensureSchema(ctx context.Context) error {
 	if err := s.reportDurability(ctx); err != nil {
 		return classify(ctx, "read the server's durability settings", err)
 	}
+	if err := s.reportRights(ctx); err != nil {
+		return classify(ctx, "read the role's rights", err)
+	}
 	s.migrated = true
+	return nil
+}
+
+// reportRights logs when the role may not delete rows, as roles that were set up for
+// the first version of the schema may not: the drain stops at the first tombstone that
+// is forgotten.
+func (s *Store) reportRights(ctx context.Context) error {
+	var may bool
+	if err := s.pool.QueryRow(ctx, `SELECT has_table_privilege('topgun.records', 'DELETE')`).Scan(&may); err != nil {
+		return err
+	}
+	if !may {
+		s.log.WarnContext(ctx, "the role may not delete rows and needs to: GRANT DELETE ON topgun.records")
+	}
 	return nil
 }
 

@@ -1,6 +1,6 @@
 // Package postgres is a persistence.Store in PostgreSQL.
 //
-// It owns the schema topgun (tables records and watermarks, view entries) and its
+// It owns the schema topgun (tables records and watermarks, views for people) and its
 // migrations, which it runs by itself on first use; several processes starting at
 // once wait for the one that migrates. It promises what every Store does, reads
 // and writes only a server that accepts writes (RELIABILITY PG-08), and hands out
@@ -86,7 +86,7 @@ func (s *Store) Close() error {
 const selectWatermarks = `SELECT history, lane, sequence, number FROM topgun.watermarks`
 
 const selectRecords = `
-SELECT map, key, value, millis, counter, node_id, ttl_millis, arrival_millis, arrival_counter, coalesce(restamped, '')
+SELECT map, key, kind, tag, value, millis, counter, node_id, ttl_millis, arrival_millis, arrival_counter, coalesce(restamped, '')
 FROM topgun.records
 WHERE partition = ANY($1)`
 
@@ -148,15 +148,16 @@ func (s *Store) Load(ctx context.Context, partitions []int, watermarks func([]pe
 func scanRecord(rows pgx.Rows) (persistence.Record, error) {
 	var (
 		r                          persistence.Record
-		key, value, node           []byte
+		kind                       int16
+		key, tag, value, node      []byte
 		millis, counter, ttl       int64
 		arrivalMillis, arrivalStep int64
 		restamped                  string
 	)
-	if err := rows.Scan(&r.Map, &key, &value, &millis, &counter, &node, &ttl, &arrivalMillis, &arrivalStep, &restamped); err != nil {
+	if err := rows.Scan(&r.Map, &key, &kind, &tag, &value, &millis, &counter, &node, &ttl, &arrivalMillis, &arrivalStep, &restamped); err != nil {
 		return r, err
 	}
-	r.Key = string(key)
+	r.Key, r.Kind, r.Tag = string(key), persistence.Kind(kind), string(tag)
 	r.State = lwwmap.Record{
 		Value:     value,
 		Timestamp: hlc.Timestamp{Millis: uint64(millis), Counter: uint64(counter), NodeID: string(node)},
@@ -233,22 +234,31 @@ ON CONFLICT (history, lane) DO NOTHING`
 // upsertRecords replaces a row by the rule of persistence.Record.Replaces.
 const upsertRecords = `
 INSERT INTO topgun.records AS r
-       (map, key, key_text, partition, value, value_json, millis, counter, node_id,
+       (map, key, kind, tag, key_text, partition, value, value_json, millis, counter, node_id,
         arrival_millis, arrival_counter, deleted, ttl_millis, expires_at, restamped)
-SELECT n.map, n.key, n.key_text, n.partition, n.value, n.value_json::jsonb, n.millis, n.counter, n.node_id,
+SELECT n.map, n.key, n.kind, n.tag, n.key_text, n.partition, n.value, n.value_json::jsonb, n.millis, n.counter, n.node_id,
        n.arrival_millis, n.arrival_counter, length(n.value) = 0, n.ttl_millis, n.expires_at, n.restamped
 FROM unnest($1::text[], $2::bytea[], $3::text[], $4::smallint[], $5::bytea[], $6::text[], $7::bigint[], $8::bigint[],
-            $9::bytea[], $10::bigint[], $11::bigint[], $12::bigint[], $13::timestamptz[], $14::text[])
+            $9::bytea[], $10::bigint[], $11::bigint[], $12::bigint[], $13::timestamptz[], $14::text[],
+            $15::smallint[], $16::bytea[])
      AS n (map, key, key_text, partition, value, value_json, millis, counter,
-           node_id, arrival_millis, arrival_counter, ttl_millis, expires_at, restamped)
-ON CONFLICT (map, key) DO UPDATE SET
+           node_id, arrival_millis, arrival_counter, ttl_millis, expires_at, restamped, kind, tag)
+ON CONFLICT (map, key, kind, tag) DO UPDATE SET
        value = excluded.value, value_json = excluded.value_json,
        millis = excluded.millis, counter = excluded.counter, node_id = excluded.node_id,
        arrival_millis = excluded.arrival_millis, arrival_counter = excluded.arrival_counter,
        deleted = excluded.deleted, ttl_millis = excluded.ttl_millis,
        expires_at = excluded.expires_at, restamped = excluded.restamped
 WHERE (excluded.arrival_millis, excluded.arrival_counter) > (r.arrival_millis, r.arrival_counter)
-  AND (excluded.millis, excluded.counter, excluded.node_id) >= (r.millis, r.counter, r.node_id)`
+  AND (r.kind <> 0 OR (excluded.millis, excluded.counter, excluded.node_id) >= (r.millis, r.counter, r.node_id))`
+
+// deletePruned forgets what arrived before it was pruned.
+const deletePruned = `
+DELETE FROM topgun.records AS r
+USING unnest($1::text[], $2::bytea[], $3::smallint[], $4::bytea[], $5::bigint[], $6::bigint[])
+      AS p (map, key, kind, tag, arrival_millis, arrival_counter)
+WHERE r.map = p.map AND r.key = p.key AND r.kind = p.kind AND r.tag = p.tag
+  AND (r.arrival_millis, r.arrival_counter) < (p.arrival_millis, p.arrival_counter)`
 
 // Commit implements persistence.Store.
 func (s *Store) Commit(ctx context.Context, batch persistence.Batch) (int, error) {
@@ -310,13 +320,18 @@ func (s *Store) commit(ctx context.Context, batch persistence.Batch, c *columns)
 			Exec(hits(len(moved.lanes)))
 	}
 	changed := 0
+	count := func(tag pgconn.CommandTag) error {
+		changed += int(tag.RowsAffected())
+		return nil
+	}
+	if len(batch.Pruned) > 0 {
+		p := prunedColumnsOf(batch.Pruned)
+		statements.Queue(deletePruned, p.maps, p.keys, p.kinds, p.tags, p.arrivalMillis, p.arrivalCounters).Exec(count)
+	}
 	if len(batch.Records) > 0 {
 		statements.Queue(upsertRecords, c.maps, c.keys, c.keyTexts, c.partitions, c.values, c.valueJSON, c.millis, c.counters,
-			c.nodes, c.arrivalMillis, c.arrivalCounters, c.ttls, c.expires, c.restamped).
-			Exec(func(tag pgconn.CommandTag) error {
-				changed = int(tag.RowsAffected())
-				return nil
-			})
+			c.nodes, c.arrivalMillis, c.arrivalCounters, c.ttls, c.expires, c.restamped, c.kinds, c.tags).
+			Exec(count)
 	}
 	if err := tx.SendBatch(ctx, &statements).Close(); err != nil {
 		return 0, err
@@ -351,10 +366,25 @@ func (m *moves) add(move persistence.Move) {
 	m.numbers = append(m.numbers, int64(move.To.Number))
 }
 
+// identities are the columns that name a row.
+type identities struct {
+	maps  []string
+	keys  [][]byte
+	kinds []int16
+	tags  [][]byte
+}
+
+func newIdentities(n int) identities {
+	return identities{maps: make([]string, n), keys: make([][]byte, n), kinds: make([]int16, n), tags: make([][]byte, n)}
+}
+
+func (ids *identities) set(i int, id persistence.Identity) {
+	ids.maps[i], ids.keys[i], ids.kinds[i], ids.tags[i] = id.Map, []byte(id.Key), int16(id.Kind), []byte(id.Tag)
+}
+
 // columns are the records of a batch, column by column, as unnest takes them.
 type columns struct {
-	maps                           []string
-	keys                           [][]byte
+	identities
 	keyTexts                       []*string
 	partitions                     []int16
 	values                         [][]byte
@@ -367,27 +397,38 @@ type columns struct {
 	restamped                      []*string
 }
 
-// columnsOf sorts by map and key, so that two transactions lock rows in the same
-// order and cannot deadlock.
+// prunedColumns are what a batch forgets.
+type prunedColumns struct {
+	identities
+	arrivalMillis, arrivalCounters []int64
+}
+
+// prunedColumnsOf sorts as columnsOf does.
+func prunedColumnsOf(pruned []persistence.Pruned) prunedColumns {
+	sorted := slices.SortedFunc(slices.Values(pruned), func(a, b persistence.Pruned) int { return a.Compare(b.Identity) })
+	n := len(sorted)
+	c := prunedColumns{identities: newIdentities(n), arrivalMillis: make([]int64, n), arrivalCounters: make([]int64, n)}
+	for i, p := range sorted {
+		c.set(i, p.Identity)
+		c.arrivalMillis[i], c.arrivalCounters[i] = int64(p.Arrival.Millis), int64(p.Arrival.Counter)
+	}
+	return c
+}
+
+// columnsOf sorts by identity, so that two transactions lock rows in the same order
+// and cannot deadlock.
 func columnsOf(records []persistence.Record) (*columns, error) {
-	sorted := slices.Clone(records)
-	slices.SortFunc(sorted, func(a, b persistence.Record) int {
-		if c := strings.Compare(a.Map, b.Map); c != 0 {
-			return c
-		}
-		return strings.Compare(a.Key, b.Key)
-	})
+	sorted := slices.SortedFunc(slices.Values(records), func(a, b persistence.Record) int { return a.Compare(b.Identity) })
 	n := len(sorted)
 	c := &columns{
-		maps: make([]string, n), keys: make([][]byte, n), keyTexts: make([]*string, n), partitions: make([]int16, n),
+		identities: newIdentities(n), keyTexts: make([]*string, n), partitions: make([]int16, n),
 		values: make([][]byte, n), valueJSON: make([]*string, n), millis: make([]int64, n), counters: make([]int64, n),
 		nodes: make([][]byte, n), arrivalMillis: make([]int64, n), arrivalCounters: make([]int64, n),
 		ttls: make([]int64, n), expires: make([]*time.Time, n), restamped: make([]*string, n),
 	}
 	var buffer []byte
 	for i, r := range sorted {
-		c.maps[i] = r.Map
-		c.keys[i] = []byte(r.Key)
+		c.set(i, r.Identity)
 		if text, ok := r.KeyText(); ok {
 			c.keyTexts[i] = &text
 		}

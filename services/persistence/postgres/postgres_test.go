@@ -93,7 +93,7 @@ func scan(t *testing.T, url, query string, into ...any) {
 }
 
 func record(key string, value []byte, ttl uint64) persistence.Record {
-	return persistence.Record{Map: "todos", Key: key, State: lwwmap.Record{
+	return persistence.Record{Identity: persistence.Identity{Map: "todos", Key: key}, State: lwwmap.Record{
 		Value: value, Timestamp: hlc.Timestamp{Millis: 1_700_000_000_123, NodeID: "node"}, TTLMillis: ttl,
 	}, Arrival: persistence.Arrival{Millis: 1}}
 }
@@ -130,6 +130,48 @@ func TestPeopleCanReadEntries(t *testing.T) {
 	}
 }
 
+// TestPeopleCanReadOtherKinds looks at what is not an LWW-map, and for what is the
+// server's own.
+func TestPeopleCanReadOtherKinds(t *testing.T) {
+	url := pgtest.NewDatabase(t)
+	store := open(t, url)
+	defer store.Close()
+	of := func(kind persistence.Kind, mapName, key, tag string, value []byte) persistence.Record {
+		return persistence.Record{
+			Identity: persistence.Identity{Kind: kind, Map: mapName, Key: key, Tag: tag},
+			State:    lwwmap.Record{Value: value, Timestamp: hlc.Timestamp{Millis: 1_700_000_000_123, NodeID: "node"}},
+			Arrival:  persistence.Arrival{Millis: 1},
+		}
+	}
+	expired := of(persistence.OR, "tags", "todo", "3:0:a", []byte("\xa4late"))
+	expired.State.TTLMillis = 1000
+	if _, err := store.Commit(t.Context(), batch(
+		of(persistence.LWW, "tags", "todo", "", []byte("\xa3lww")),
+		of(persistence.LWW, "$devices", "d", "", []byte("\x80")),
+		of(persistence.OR, "tags", "todo", "1:0:a", []byte("\xa3red")),
+		of(persistence.OR, "tags", "todo", "2:0:a", nil),
+		of(persistence.OR, "tags", "todo", "4:0:a", []byte("\xc0")),
+		expired,
+		of(persistence.Counter, "+likes", "likes", "a", []byte("\x92\x05\x01")),
+		of(persistence.Counter, "+likes", "likes", "b", []byte("\x92\x00\xcf\x00\x1f\xff\xff\xff\xff\xff\xff")),
+		of(persistence.Lock, "!locks", "door", "", []byte("\x80")),
+	)); err != nil {
+		t.Fatal(err)
+	}
+	var entries, elements, nodes int
+	var tag, value, added string
+	scan(t, url, `SELECT count(*) FROM topgun.entries`, &entries)
+	scan(t, url, `SELECT count(*) FROM topgun.elements`, &elements)
+	scan(t, url, `SELECT tag FROM topgun.elements WHERE map = 'tags' AND key = 'todo' AND value = '"red"'`, &tag)
+	scan(t, url, `SELECT value::text, added::text, nodes FROM topgun.counters WHERE name = 'likes'`, &value, &added, &nodes)
+	if entries != 1 || elements != 2 || tag != "1:0:a" {
+		t.Errorf("there are %d entries and %d elements, the red one is %q; want 1, 2 and 1:0:a", entries, elements, tag)
+	}
+	if value != "-9007199254740987" || added != "5" || nodes != 2 {
+		t.Errorf("the counter shows %s, added %s, of %d nodes", value, added, nodes)
+	}
+}
+
 // TestUnreadableFormDoesNotBlock makes the readable column refuse everything: the
 // batch must be stored all the same.
 func TestUnreadableFormDoesNotBlock(t *testing.T) {
@@ -160,10 +202,10 @@ func TestManyMigrateAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	var versions int
-	scan(t, url, `SELECT count(*) FROM topgun.schema_versions WHERE version_id = 1`, &versions)
-	if versions != 1 {
-		t.Errorf("migration 1 ran %d times", versions)
+	var versions, runs int
+	scan(t, url, `SELECT count(DISTINCT version_id), count(*) FROM topgun.schema_versions WHERE version_id > 0`, &versions, &runs)
+	if versions != 2 || runs != 2 {
+		t.Errorf("%d migrations ran %d times", versions, runs)
 	}
 }
 
@@ -194,10 +236,30 @@ func TestRoleWithoutDDL(t *testing.T) {
 	})
 	execute(t, url, `GRANT USAGE ON SCHEMA topgun TO `+role)
 	execute(t, url, `GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA topgun TO `+role)
-	store := open(t, strings.Replace(url, "postgres@", role+"@", 1))
+	var log bytes.Buffer
+	store, err := postgres.New(strings.Replace(url, "postgres@", role+"@", 1), slog.New(slog.NewTextHandler(&log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer store.Close()
-	if _, err := store.Commit(t.Context(), batch(record("a", []byte("\xa1x"), 0))); err != nil {
+	stored := record("a", []byte("\xa1x"), 0)
+	if _, err := store.Commit(t.Context(), batch(stored)); err != nil {
 		t.Errorf("commit: %v", err)
+	}
+	// The right to delete is missed, by name, and then used.
+	if !strings.Contains(log.String(), "GRANT DELETE ON topgun.records") {
+		t.Errorf("the log does not name the right that is missing:\n%s", log.String())
+	}
+	forget := persistence.Batch{
+		History: "other", Moves: batch().Moves,
+		Pruned: []persistence.Pruned{{Identity: stored.Identity, Arrival: persistence.Arrival{Millis: 2}}},
+	}
+	if _, err := store.Commit(t.Context(), forget); !errors.Is(err, persistence.ErrRefused) {
+		t.Errorf("without the right to delete the commit returns %v", err)
+	}
+	execute(t, url, `GRANT DELETE ON topgun.records TO `+role)
+	if changed, err := store.Commit(t.Context(), forget); err != nil || changed != 1 {
+		t.Errorf("with the right to delete the commit changes %d rows, %v", changed, err)
 	}
 }
 

@@ -1,7 +1,7 @@
 // Package sqlite is a persistence.Store in one SQLite file, the default of the one
 // binary.
 //
-// It owns the file (tables records and watermarks, view entries) and its
+// It owns the file (tables records and watermarks, views for people) and its
 // migrations. It promises what every Store does; a commit is on the disk when
 // Commit returns. People may open the file with any SQLite tool while the service
 // runs: readers do not disturb it, and a writer is waited for.
@@ -19,7 +19,6 @@ import (
 	"net/url"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/pressly/goose/v3"
 	driver "modernc.org/sqlite"
@@ -116,7 +115,7 @@ func (s *Store) Close() error {
 }
 
 const selectRecords = `
-SELECT map, key, value, millis, counter, node_id, ttl_millis, arrival_millis, arrival_counter, coalesce(restamped, '')
+SELECT map, key, kind, tag, value, millis, counter, node_id, ttl_millis, arrival_millis, arrival_counter, coalesce(restamped, '')
 FROM records
 WHERE partition IN (SELECT value FROM json_each(?))`
 
@@ -173,7 +172,7 @@ func scanRecord(rows *sql.Rows) (persistence.Record, error) {
 		value     []byte
 		stamp     hlc.Timestamp
 	)
-	if err := rows.Scan(&r.Map, &r.Key, &value, &stamp.Millis, &stamp.Counter, &stamp.NodeID,
+	if err := rows.Scan(&r.Map, &r.Key, &r.Kind, &r.Tag, &value, &stamp.Millis, &stamp.Counter, &stamp.NodeID,
 		&r.State.TTLMillis, &r.Arrival.Millis, &r.Arrival.Counter, &restamped); err != nil {
 		return r, err
 	}
@@ -238,17 +237,23 @@ ON CONFLICT (history, lane) DO NOTHING`
 // compares blobs bytewise, as the protocol compares node ids.
 const upsertRecord = `
 INSERT INTO records AS r
-       (map, key, key_text, partition, value, value_json, millis, counter, node_id,
+       (map, key, kind, tag, key_text, partition, value, value_json, millis, counter, node_id,
         arrival_millis, arrival_counter, deleted, ttl_millis, expires_at, restamped)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (partition, map, key) DO UPDATE SET
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (partition, map, key, kind, tag) DO UPDATE SET
        value = excluded.value, value_json = excluded.value_json,
        millis = excluded.millis, counter = excluded.counter, node_id = excluded.node_id,
        arrival_millis = excluded.arrival_millis, arrival_counter = excluded.arrival_counter,
        deleted = excluded.deleted, ttl_millis = excluded.ttl_millis,
        expires_at = excluded.expires_at, restamped = excluded.restamped
 WHERE (excluded.arrival_millis, excluded.arrival_counter) > (r.arrival_millis, r.arrival_counter)
-  AND (excluded.millis, excluded.counter, excluded.node_id) >= (r.millis, r.counter, r.node_id)`
+  AND (r.kind <> 0 OR (excluded.millis, excluded.counter, excluded.node_id) >= (r.millis, r.counter, r.node_id))`
+
+// deletePruned forgets what arrived before it was pruned.
+const deletePruned = `
+DELETE FROM records
+WHERE partition = ? AND map = ? AND key = ? AND kind = ? AND tag = ?
+  AND (arrival_millis, arrival_counter) < (?, ?)`
 
 // Commit implements persistence.Store.
 func (s *Store) Commit(ctx context.Context, batch persistence.Batch) (int, error) {
@@ -288,19 +293,30 @@ func apply(ctx context.Context, tx *sql.Tx, batch persistence.Batch) (changed in
 			return 0, persistence.ErrConflict
 		}
 	}
-	if len(batch.Records) == 0 {
-		return 0, nil
-	}
-	upsert, err := tx.PrepareContext(ctx, upsertRecord)
+	pruned := sorted(batch.Pruned, func(p persistence.Pruned) persistence.Identity { return p.Identity })
+	forgotten, err := each(ctx, tx, deletePruned, pruned, prunedArguments)
 	if err != nil {
 		return 0, err
 	}
-	defer func() { _ = upsert.Close() }() // ends with the transaction anyway
+	records := sorted(batch.Records, func(r persistence.Record) persistence.Identity { return r.Identity })
+	stored, err := each(ctx, tx, upsertRecord, records, recordArguments)
+	return forgotten + stored, err
+}
+
+// each runs a statement for each row and returns how many it changed.
+func each[T any](ctx context.Context, tx *sql.Tx, query string, rows []row[T], arguments func(row[T]) ([]any, error)) (changed int, err error) {
+	if len(rows) == 0 {
+		return 0, nil
+	}
+	statement, err := tx.PrepareContext(ctx, query)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = statement.Close() }() // ends with the transaction anyway
 	// A row takes microseconds: between rows is often enough to look whether the time is
 	// over, while the driver would start a goroutine for each to watch for it.
-	row := context.WithoutCancel(ctx)
-	// In the tree's order it is written page by page.
-	for _, r := range sorted(batch.Records) {
+	uninterrupted := context.WithoutCancel(ctx)
+	for _, r := range rows {
 		if err := ctx.Err(); err != nil {
 			return 0, err
 		}
@@ -308,7 +324,7 @@ func apply(ctx context.Context, tx *sql.Tx, batch persistence.Batch) (changed in
 		if err != nil {
 			return 0, err
 		}
-		result, err := upsert.ExecContext(row, args...)
+		result, err := statement.ExecContext(uninterrupted, args...)
 		if err != nil {
 			return 0, err
 		}
@@ -321,25 +337,39 @@ func apply(ctx context.Context, tx *sql.Tx, batch persistence.Batch) (changed in
 	return changed, nil
 }
 
-// row is a record with its partition, which is a hash and worth taking once.
-type row struct {
-	persistence.Record
+// row is a record, or what was forgotten of one, with its partition, which is a hash
+// and worth taking once.
+type row[T any] struct {
+	of        T
+	id        persistence.Identity
 	partition int
 }
 
-func sorted(records []persistence.Record) []row {
-	rows := make([]row, len(records))
-	for i, r := range records {
-		rows[i] = row{r, r.Partition()}
+// sorted puts rows in the tree's order, in which they are written page by page.
+func sorted[T any](all []T, identity func(T) persistence.Identity) []row[T] {
+	rows := make([]row[T], len(all))
+	for i, r := range all {
+		id := identity(r)
+		rows[i] = row[T]{r, id, id.Partition()}
 	}
-	slices.SortFunc(rows, func(a, b row) int {
-		return cmp.Or(cmp.Compare(a.partition, b.partition), strings.Compare(a.Map, b.Map), strings.Compare(a.Key, b.Key))
+	slices.SortFunc(rows, func(a, b row[T]) int {
+		return cmp.Or(cmp.Compare(a.partition, b.partition), a.id.Compare(b.id))
 	})
 	return rows
 }
 
-// arguments are the values of a row in the order of upsertRecord.
-func arguments(r row) ([]any, error) {
+// prunedArguments are the values of deletePruned.
+func prunedArguments(r row[persistence.Pruned]) ([]any, error) {
+	p := r.of
+	return []any{
+		r.partition, p.Map, []byte(p.Key), int64(p.Kind), []byte(p.Tag),
+		int64(p.Arrival.Millis), int64(p.Arrival.Counter),
+	}, nil
+}
+
+// recordArguments are the values of upsertRecord.
+func recordArguments(row row[persistence.Record]) ([]any, error) {
+	r := row.of
 	var keyText, valueJSON, expires, restamped any
 	if text, ok := r.KeyText(); ok {
 		keyText = text
@@ -363,7 +393,7 @@ func arguments(r row) ([]any, error) {
 	}
 	stamp := r.State.Timestamp
 	return []any{
-		r.Map, []byte(r.Key), keyText, r.partition, value, valueJSON,
+		r.Map, []byte(r.Key), int64(r.Kind), []byte(r.Tag), keyText, row.partition, value, valueJSON,
 		int64(stamp.Millis), int64(stamp.Counter), []byte(stamp.NodeID),
 		int64(r.Arrival.Millis), int64(r.Arrival.Counter),
 		r.State.Deleted(), int64(r.State.TTLMillis), expires, restamped,

@@ -58,7 +58,7 @@ func TestPeopleCanReadEntries(t *testing.T) {
 	store := open(t, path)
 	defer store.Close()
 	record := func(key string, value []byte, ttl uint64) persistence.Record {
-		return persistence.Record{Map: "todos", Key: key, State: lwwmap.Record{
+		return persistence.Record{Identity: persistence.Identity{Map: "todos", Key: key}, State: lwwmap.Record{
 			Value: value, Timestamp: hlc.Timestamp{Millis: 1_700_000_000_123, NodeID: "node"}, TTLMillis: ttl,
 		}, Arrival: persistence.Arrival{Millis: 1}}
 	}
@@ -80,6 +80,55 @@ func TestPeopleCanReadEntries(t *testing.T) {
 	var n, unreadable int
 	if err := db.QueryRow(`SELECT count(*), count(*) FILTER (WHERE key IS NULL AND value IS NULL) FROM entries`).Scan(&n, &unreadable); err != nil || n != 3 || unreadable != 1 {
 		t.Errorf("there are %d entries, %d of them unreadable, %v; want 3 and 1", n, unreadable, err)
+	}
+}
+
+// TestPeopleCanReadOtherKinds looks at what is not an LWW-map, and for what is the
+// server's own.
+func TestPeopleCanReadOtherKinds(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "topgun.db")
+	store := open(t, path)
+	defer store.Close()
+	of := func(kind persistence.Kind, mapName, key, tag string, value []byte) persistence.Record {
+		return persistence.Record{
+			Identity: persistence.Identity{Kind: kind, Map: mapName, Key: key, Tag: tag},
+			State:    lwwmap.Record{Value: value, Timestamp: hlc.Timestamp{Millis: 1_700_000_000_123, NodeID: "node"}},
+			Arrival:  persistence.Arrival{Millis: 1},
+		}
+	}
+	expired := of(persistence.OR, "tags", "todo", "3:0:a", []byte("\xa4late"))
+	expired.State.TTLMillis = 1000
+	if _, err := store.Commit(t.Context(), batch(
+		of(persistence.LWW, "tags", "todo", "", []byte("\xa3lww")),
+		of(persistence.LWW, "$devices", "d", "", []byte("\x80")),
+		of(persistence.OR, "tags", "todo", "1:0:a", []byte("\xa3red")),
+		of(persistence.OR, "tags", "todo", "2:0:a", nil),
+		of(persistence.OR, "tags", "todo", "4:0:a", []byte("\xc0")),
+		expired,
+		of(persistence.Counter, "+likes", "likes", "a", []byte("\x92\x05\x01")),
+		of(persistence.Counter, "+likes", "likes", "b", []byte("\x92\x00\xcf\x00\x1f\xff\xff\xff\xff\xff\xff")),
+		of(persistence.Lock, "!locks", "door", "", []byte("\x80")),
+	)); err != nil {
+		t.Fatal(err)
+	}
+	db := people(t, path)
+	scan := func(query string, into ...any) {
+		t.Helper()
+		if err := db.QueryRow(query).Scan(into...); err != nil {
+			t.Errorf("%s: %v", query, err)
+		}
+	}
+	var entries, elements, nodes int
+	var tag, value, added string
+	scan(`SELECT count(*) FROM entries`, &entries)
+	scan(`SELECT count(*) FROM elements`, &elements)
+	scan(`SELECT tag FROM elements WHERE map = 'tags' AND key = 'todo' AND value = '"red"'`, &tag)
+	scan(`SELECT value, added, nodes FROM counters WHERE name = 'likes'`, &value, &added, &nodes)
+	if entries != 1 || elements != 2 || tag != "1:0:a" {
+		t.Errorf("there are %d entries and %d elements, the red one is %q; want 1, 2 and 1:0:a", entries, elements, tag)
+	}
+	if value != "-9007199254740987" || added != "5" || nodes != 2 {
+		t.Errorf("the counter shows %s, added %s, of %d nodes", value, added, nodes)
 	}
 }
 

@@ -43,6 +43,10 @@ func Run(t *testing.T, fresh func(t *testing.T) Harness) {
 		{"Reopen", testReopen},
 		{"PG-02/Replaces", testReplaces},
 		{"PG-02/BatchesDoNotMatter", testBatchesDoNotMatter},
+		{"KindsAreApart", testKindsAreApart},
+		{"PG-02/ReplacesByKind", testReplacesByKind},
+		{"PG-02/Pruned", testPruned},
+		{"PG-02/PrunedBatchesDoNotMatter", testPrunedBatchesDoNotMatter},
 		{"PG-03/WatermarksMove", testWatermarksMove},
 		{"PG-07/CompareAndSet", testCompareAndSet},
 		{"PG-07/TwoDrainers", testTwoDrainers},
@@ -92,10 +96,9 @@ func (l *lane) batch(records ...persistence.Record) persistence.Batch {
 
 func record(key, value string, millis, arrival uint64) persistence.Record {
 	r := persistence.Record{
-		Map:     "todos",
-		Key:     key,
-		State:   lwwmap.Record{Timestamp: hlc.Timestamp{Millis: millis, Counter: 1, NodeID: "node"}},
-		Arrival: persistence.Arrival{Millis: arrival, Counter: 2},
+		Identity: persistence.Identity{Map: "todos", Key: key},
+		State:    lwwmap.Record{Timestamp: hlc.Timestamp{Millis: millis, Counter: 1, NodeID: "node"}},
+		Arrival:  persistence.Arrival{Millis: arrival, Counter: 2},
 	}
 	if value != "" {
 		r.State.Value = text(value)
@@ -147,7 +150,7 @@ func load(ctx context.Context, store persistence.Store, partitions ...int) (reco
 		err = errors.New("the watermarks never came")
 	}
 	slices.SortFunc(records, func(a, b persistence.Record) int {
-		return cmp.Or(strings.Compare(a.Map, b.Map), strings.Compare(a.Key, b.Key))
+		return a.Compare(b.Identity)
 	})
 	slices.SortFunc(marks, func(a, b persistence.Watermark) int {
 		return cmp.Or(strings.Compare(a.History, b.History), strings.Compare(a.Lane, b.Lane))
@@ -166,7 +169,7 @@ func mustLoad(t *testing.T, store persistence.Store, partitions ...int) ([]persi
 
 // same compares records as content: nil and empty slices are equal.
 func same(a, b persistence.Record) bool {
-	return a.Map == b.Map && a.Key == b.Key && string(a.State.Value) == string(b.State.Value) &&
+	return a.Identity == b.Identity && string(a.State.Value) == string(b.State.Value) &&
 		a.State.Timestamp == b.State.Timestamp && a.State.TTLMillis == b.State.TTLMillis &&
 		a.Arrival == b.Arrival && slices.Equal(a.Restamped, b.Restamped)
 }
@@ -186,8 +189,8 @@ func show(records []persistence.Record) string {
 			break
 		}
 		value := r.State.Value
-		fmt.Fprintf(&b, "  %s/%q = %.40q stamp %q ttl %d arrival %v restamped %q\n",
-			r.Map, r.Key, value, r.State.Timestamp, r.State.TTLMillis, r.Arrival, r.Restamped)
+		fmt.Fprintf(&b, "  %d %s/%q/%q = %.40q stamp %q ttl %d arrival %v restamped %q\n",
+			r.Kind, r.Map, r.Key, r.Tag, value, r.State.Timestamp, r.State.TTLMillis, r.Arrival, r.Restamped)
 	}
 	return b.String()
 }
@@ -263,9 +266,8 @@ func odd() []persistence.Record {
 			{Millis: 1<<64 - 1, Counter: 1<<64 - 1, NodeID: "liar"}, {Millis: 5, NodeID: "a\x00b"}, {Millis: 6, NodeID: `"</ü`},
 		}
 	})
-	slices.SortFunc(records, func(a, b persistence.Record) int {
-		return cmp.Or(strings.Compare(a.Map, b.Map), strings.Compare(a.Key, b.Key))
-	})
+	records = append(records, oddKinds()...)
+	slices.SortFunc(records, func(a, b persistence.Record) int { return a.Compare(b.Identity) })
 	return records
 }
 
@@ -277,8 +279,8 @@ func testRoundTrip(t *testing.T, h Harness) {
 	got, _ := mustLoad(t, store)
 	wantRecords(t, got, want)
 	stats, err := store.Stats(t.Context())
-	if err != nil || stats.Records != uint64(len(want)) || stats.Tombstones != 1 {
-		t.Errorf("the store counts %+v, %v; want %d records, 1 tombstone", stats, err, len(want))
+	if err != nil || stats.Records != uint64(len(want)) || stats.Tombstones != 2 {
+		t.Errorf("the store counts %+v, %v; want %d records, 2 tombstones", stats, err, len(want))
 	}
 }
 

@@ -56,6 +56,10 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		"LossOnReconnect":         lossOnReconnect,
 		"LossOnOverrun":           lossOnOverrun,
 		"PublisherKeepsItsObject": publisherKeepsItsObject,
+		"TopicOrderPerPublisher":  topicOrderPerPublisher,
+		"TopicNamesAreInjective":  topicNamesAreInjective,
+		"TopicInterest":           topicInterest,
+		"TopicTraceTravels":       topicTraceTravels,
 		"ClosedBusRefuses":        closedBusRefuses,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, open(t)) })
@@ -370,5 +374,8 @@ func closedBusRefuses(t *testing.T, h Harness) {
 	}
 	if _, err := h.Bus.SubscribeEvents("m", func(context.Context, *fanoutv1.Event) {}); err == nil {
 		t.Error("a closed bus took a subscription")
+	}
+	if _, err := h.Bus.SubscribeTopic("t", func(context.Context, *fanoutv1.TopicMessage) {}); err == nil {
+		t.Error("a closed bus took a subscription of a topic")
 	}
 }

@@ -29,6 +29,7 @@ type Bus struct {
 
 	mu         sync.Mutex
 	events     map[string]map[*subscription]bus.EventHandler
+	topics     map[string]map[*subscription]bus.TopicHandler
 	heartbeats map[*subscription]bus.HeartbeatHandler
 	drop       func(proto.Message) bool
 	lost       func()
@@ -54,6 +55,7 @@ func New() *Bus {
 		losses:     make(chan struct{}, 1),
 		stop:       make(chan struct{}),
 		events:     make(map[string]map[*subscription]bus.EventHandler),
+		topics:     make(map[string]map[*subscription]bus.TopicHandler),
 		heartbeats: make(map[*subscription]bus.HeartbeatHandler),
 	}
 	b.wg.Go(b.dispatch)
@@ -69,6 +71,7 @@ func (b *Bus) Close() error {
 	}
 	b.closed = true
 	clear(b.events)
+	clear(b.topics)
 	clear(b.heartbeats)
 	b.mu.Unlock()
 	close(b.stop)
@@ -106,6 +109,13 @@ func (b *Bus) Maps() int {
 	return len(b.events)
 }
 
+// Topics is the number of topics with a subscription.
+func (b *Bus) Topics() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.topics)
+}
+
 // PublishEvent implements bus.Publisher.
 func (b *Bus) PublishEvent(ctx context.Context, event *fanoutv1.Event) error {
 	b.mu.Lock()
@@ -122,9 +132,32 @@ func (b *Bus) PublishEvent(ctx context.Context, event *fanoutv1.Event) error {
 	}
 	// Publishers may use their message again, as they may after encoding it.
 	event = proto.CloneOf(event)
-	traced := trace.ContextWithRemoteSpanContext(context.Background(), trace.SpanContextFromContext(ctx))
+	traced := tracedBy(ctx)
 	for s, handle := range subscribers {
 		b.enqueue(delivery{s, func() { handle(traced, event) }})
+	}
+	return nil
+}
+
+// tracedBy returns a context that carries the trace context of ctx alone.
+func tracedBy(ctx context.Context) context.Context {
+	return trace.ContextWithRemoteSpanContext(context.Background(), trace.SpanContextFromContext(ctx))
+}
+
+// PublishTopic implements bus.Publisher.
+func (b *Bus) PublishTopic(ctx context.Context, message *fanoutv1.TopicMessage) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return fmt.Errorf("publish to the bus: %w", bus.ErrClosed)
+	}
+	if b.drop != nil && b.drop(message) {
+		return nil
+	}
+	message = proto.CloneOf(message)
+	traced := tracedBy(ctx)
+	for s, handle := range b.topics[message.GetTopic()] {
+		b.enqueue(delivery{s, func() { handle(traced, message) }})
 	}
 	return nil
 }
@@ -156,17 +189,12 @@ func (b *Bus) enqueue(d delivery) {
 
 // SubscribeEvents implements bus.Subscriber.
 func (b *Bus) SubscribeEvents(mapName string, handle bus.EventHandler) (bus.Subscription, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.closed {
-		return nil, fmt.Errorf("subscribe on the bus: %w", bus.ErrClosed)
-	}
-	s := &subscription{bus: b, mapName: mapName}
-	if b.events[mapName] == nil {
-		b.events[mapName] = make(map[*subscription]bus.EventHandler)
-	}
-	b.events[mapName][s] = handle
-	return s, nil
+	return subscribe(b, b.events, mapName, handle)
+}
+
+// SubscribeTopic implements bus.Subscriber.
+func (b *Bus) SubscribeTopic(topic string, handle bus.TopicHandler) (bus.Subscription, error) {
+	return subscribe(b, b.topics, topic, handle)
 }
 
 // SubscribeHeartbeats implements bus.Subscriber.
@@ -176,31 +204,45 @@ func (b *Bus) SubscribeHeartbeats(handle bus.HeartbeatHandler) (bus.Subscription
 	if b.closed {
 		return nil, fmt.Errorf("subscribe on the bus: %w", bus.ErrClosed)
 	}
-	s := &subscription{bus: b, heartbeats: true}
+	s := &subscription{bus: b}
+	s.remove = func() { delete(b.heartbeats, s) }
 	b.heartbeats[s] = handle
 	return s, nil
 }
 
+// subscribe adds a handler for a name to a table of the bus.
+func subscribe[H any](b *Bus, table map[string]map[*subscription]H, name string, handle H) (bus.Subscription, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return nil, fmt.Errorf("subscribe on the bus: %w", bus.ErrClosed)
+	}
+	s := &subscription{bus: b}
+	s.remove = func() {
+		delete(table[name], s)
+		if len(table[name]) == 0 {
+			delete(table, name)
+		}
+	}
+	if table[name] == nil {
+		table[name] = make(map[*subscription]H)
+	}
+	table[name][s] = handle
+	return s, nil
+}
+
 type subscription struct {
-	bus        *Bus
-	mapName    string
-	heartbeats bool
-	ended      bool
+	bus *Bus
+	// remove takes it out of its table; the bus's lock guards it and ended.
+	remove func()
+	ended  bool
 }
 
 func (s *subscription) Unsubscribe() error {
 	s.bus.mu.Lock()
 	defer s.bus.mu.Unlock()
 	s.ended = true
-	if s.heartbeats {
-		delete(s.bus.heartbeats, s)
-		return nil
-	}
-	subscribers := s.bus.events[s.mapName]
-	delete(subscribers, s)
-	if len(subscribers) == 0 {
-		delete(s.bus.events, s.mapName)
-	}
+	s.remove()
 	return nil
 }
 

@@ -1,7 +1,8 @@
-// Package natsbus is the bus on core NATS: one subject for the heartbeats and one
-// for each map, topgun.events.<base64url of the map's name>, so that no name can
-// reach into another's subject (SEC-01). The body of a message is the protobuf
-// encoding of fanoutv1.Event or Heartbeat; the header traceparent carries the trace.
+// Package natsbus is the bus on core NATS: one subject for the heartbeats, one for
+// each map, topgun.events.<base64url of the map's name>, and one for each topic,
+// topgun.topics.<base64url of its name>, so that no name can reach into another's
+// subject (SEC-01). The body of a message is the protobuf encoding of fanoutv1.Event,
+// Heartbeat or TopicMessage; the header traceparent carries the trace.
 //
 // A bus owns one goroutine, which calls all handlers, so that a heartbeat is never
 // handled before the events that its publisher sent earlier.
@@ -26,6 +27,7 @@ import (
 
 const (
 	eventSubject     = "topgun.events."
+	topicSubject     = "topgun.topics."
 	heartbeatSubject = "topgun.heartbeats"
 
 	// queueMessages bounds what waits for the dispatching goroutine. When it is full
@@ -128,12 +130,17 @@ func gone(err error) bool {
 
 // PublishEvent implements bus.Publisher.
 func (b *Bus) PublishEvent(ctx context.Context, event *fanoutv1.Event) error {
-	return b.publish(ctx, subjectOf(event.GetMap()), event)
+	return b.publish(ctx, subjectOf(eventSubject, event.GetMap()), event)
 }
 
 // PublishHeartbeat implements bus.Publisher.
 func (b *Bus) PublishHeartbeat(ctx context.Context, heartbeat *fanoutv1.Heartbeat) error {
 	return b.publish(ctx, heartbeatSubject, heartbeat)
+}
+
+// PublishTopic implements bus.Publisher.
+func (b *Bus) PublishTopic(ctx context.Context, message *fanoutv1.TopicMessage) error {
+	return b.publish(ctx, subjectOf(topicSubject, message.GetTopic()), message)
 }
 
 func (b *Bus) publish(ctx context.Context, subject string, message proto.Message) error {
@@ -175,29 +182,45 @@ func (c headerCarrier) Keys() []string {
 	return keys
 }
 
-// subjectOf encodes the map's name into one token. The empty name needs a character
-// of its own, which the encoding does not use.
-func subjectOf(mapName string) string {
-	if mapName == "" {
-		return eventSubject + "="
+// subjectOf encodes the name of a map or topic into one token. The empty name needs
+// a character of its own, which the encoding does not use.
+func subjectOf(prefix, name string) string {
+	if name == "" {
+		return prefix + "="
 	}
-	return eventSubject + base64.RawURLEncoding.EncodeToString([]byte(mapName))
+	return prefix + base64.RawURLEncoding.EncodeToString([]byte(name))
 }
 
 // SubscribeEvents implements bus.Subscriber.
 func (b *Bus) SubscribeEvents(mapName string, handle bus.EventHandler) (bus.Subscription, error) {
-	return b.subscribe(subjectOf(mapName), func(msg *nats.Msg) {
+	return b.subscribe(subjectOf(eventSubject, mapName), func(msg *nats.Msg) {
 		event := new(fanoutv1.Event)
 		if err := proto.Unmarshal(msg.Data, event); err != nil {
 			b.unreadable(err)
 			return
 		}
-		ctx := context.Background()
-		if msg.Header != nil {
-			ctx = propagator.Extract(ctx, headerCarrier{msg})
-		}
-		handle(ctx, event)
+		handle(traceOf(msg), event)
 	})
+}
+
+// SubscribeTopic implements bus.Subscriber.
+func (b *Bus) SubscribeTopic(topic string, handle bus.TopicHandler) (bus.Subscription, error) {
+	return b.subscribe(subjectOf(topicSubject, topic), func(msg *nats.Msg) {
+		message := new(fanoutv1.TopicMessage)
+		if err := proto.Unmarshal(msg.Data, message); err != nil {
+			b.unreadable(err)
+			return
+		}
+		handle(traceOf(msg), message)
+	})
+}
+
+// traceOf returns a context that carries the trace context of a message alone.
+func traceOf(msg *nats.Msg) context.Context {
+	if msg.Header == nil {
+		return context.Background()
+	}
+	return propagator.Extract(context.Background(), headerCarrier{msg})
 }
 
 // SubscribeHeartbeats implements bus.Subscriber.
