@@ -13,8 +13,17 @@ import (
 	"github.com/topgun-sync/topgun/core/wire"
 )
 
-// TestGather: small frames that wait together travel as one BATCH, in order and
-// unchanged; the others as they are.
+// waiting is a batch of frames, of which those from the first'th on are live events.
+func waiting(bufs net.Buffers, first int) *batch {
+	b := &batch{bufs: bufs}
+	for i := range bufs {
+		b.loose = append(b.loose, i >= first)
+	}
+	return b
+}
+
+// TestGather: small live events that wait together travel as one BATCH, in order and
+// unchanged; all else as it is.
 func TestGather(t *testing.T) {
 	small := func(i int) []byte { return compile(&wire.SyncRespBuckets{MapName: fmt.Sprint("map", i)}) }
 	big := compile(&wire.TopicMessage{Topic: "t", Data: packed(strings.Repeat("x", gatherEach))})
@@ -29,8 +38,8 @@ func TestGather(t *testing.T) {
 		"one":             {net.Buffers{small(1)}, 0, "="},
 		"two":             {net.Buffers{small(1), small(2)}, 0, "= ="},
 		"three":           {net.Buffers{small(1), small(2), small(3)}, 0, "3"},
-		"urgent":          {net.Buffers{small(1), small(2), small(3), small(4)}, 1, "= 3"},
-		"urgent of three": {net.Buffers{small(1), small(2), small(3)}, 1, "= = ="},
+		"others":          {net.Buffers{small(1), small(2), small(3), small(4)}, 1, "= 3"},
+		"others of three": {net.Buffers{small(1), small(2), small(3)}, 1, "= = ="},
 		"around a big":    {net.Buffers{small(1), small(2), small(3), big, small(4), small(5), small(6)}, 0, "3 = 3"},
 		"few beside big":  {net.Buffers{small(1), small(2), big, small(4), small(5)}, 0, "= = = = ="},
 		"several in one":  {net.Buffers{small(1), several, small(3), small(4), small(5)}, 0, "= = 3"},
@@ -40,9 +49,8 @@ func TestGather(t *testing.T) {
 		for _, b := range c.bufs {
 			before = append(before, string(b))
 		}
-		var b batch
 		var inner []string
-		for _, out := range b.gather(c.bufs, c.first) {
+		for _, out := range waiting(c.bufs, c.first).gather() {
 			payloads := batched(t, out)
 			if payloads == nil {
 				got = append(got, "=")
@@ -108,7 +116,9 @@ func TestGatherKeepsEverything(t *testing.T) {
 			bufs = append(bufs, compile(m))
 		}
 		n := len(bufs)
-		out := b.gather(bufs, 0)
+		w := waiting(bufs, 0)
+		b.bufs, b.loose = w.bufs, w.loose
+		out := b.gather()
 		if len(out) > n {
 			t.Fatalf("%d frames of %d", len(out), n)
 		}
@@ -157,6 +167,38 @@ func TestBatchesReachTheClient(t *testing.T) {
 	p.ping()
 }
 
+// What a client must see in order never travels in a BATCH: the original client lets
+// what comes behind one overtake what is in it.
+func TestOnlyEventsAreBatched(t *testing.T) {
+	b := setup(t, nil, nil)
+	p := b.hello(t)
+	p.send(&wire.TopicSub{Topic: "t"})
+	p.ping()
+	b.fanout.awaitTopic(t, "t", true)
+	s := b.service.sockets.snapshot()[0]
+	s.mu.Lock()
+	s.out.writing = true // as if a write were under way
+	s.mu.Unlock()
+	const n = 20
+	q := b.hello(t)
+	for i := range n {
+		q.send(&wire.TopicPub{Topic: "t", Data: packed(fmt.Sprint(i))})
+	}
+	eventually(t, func() bool { return queued(s) == n })
+	s.mu.Lock()
+	s.out.writing = false
+	s.startWriterLocked()
+	s.mu.Unlock()
+	for i := range n {
+		if m := expect[*wire.TopicMessage](p); !bytes.Equal(m.Data, packed(fmt.Sprint(i))) {
+			t.Fatalf("message %d: %+v", i, m)
+		}
+	}
+	if p.batches != 0 {
+		t.Errorf("%d batches", p.batches)
+	}
+}
+
 // BenchmarkWrite is what one write of waiting frames costs, the system call included.
 func BenchmarkWrite(b *testing.B) {
 	for _, size := range []int{100, 1000} {
@@ -177,13 +219,11 @@ func BenchmarkWrite(b *testing.B) {
 					b.Run(mode, func(b *testing.B) {
 						b.ReportAllocs()
 						for range b.N {
-							bufs := work.bufs[:0]
+							work.bufs, work.loose = work.bufs[:0], work.loose[:0]
 							for range n {
-								bufs = append(bufs, frame)
+								work.bufs, work.loose = append(work.bufs, frame), append(work.loose, mode == "gathered")
 							}
-							if mode == "gathered" && len(bufs) >= gatherFrames {
-								bufs = work.gather(bufs, 0)
-							}
+							bufs := work.gather()
 							work.bufs = bufs[:0]
 							var err error
 							if len(bufs) == 1 {

@@ -179,7 +179,8 @@ func (s *session) cursors(ctx context.Context) cursors {
 // A client that synced when the boundary was as high as it is was told then.
 func (s *session) pruneFirst(since uint64) {
 	kept := s.k.router.retention()
-	if since == 0 || kept.pruned == 0 || since > kept.pruned+uint64(kept.period.Milliseconds())+pruneStep(kept.period) {
+	known := kept.pruned + uint64(kept.period.Milliseconds()) + pruneLag(kept.period)
+	if since == 0 || kept.pruned == 0 || since > known {
 		return
 	}
 	s.mu.Lock()
@@ -191,9 +192,10 @@ func (s *session) pruneFirst(since uint64) {
 	}
 }
 
-// pruneStep is by how much, in ms, the boundary of what is forgotten rises at once.
-func pruneStep(period time.Duration) uint64 {
-	return uint64(min(time.Hour, period/10).Milliseconds())
+// pruneLag is how long, in ms, it may take until a boundary that time has reached is told
+// to clients. One that is told later costs a client that synced in between a walk.
+func pruneLag(period time.Duration) uint64 {
+	return uint64(min(5*time.Minute, period/20).Milliseconds())
 }
 
 func gcPrune(before uint64) *wire.GCPrune {

@@ -25,9 +25,12 @@ const (
 	urgentFrames = 128
 	// keepItems is the queue capacity that an idle session keeps.
 	keepItems = 8
-	// gatherFrames and more frames that wait together travel as one BATCH (PROTOCOL 2.4):
-	// a client is woken once for all of them. None above gatherEach is copied for that,
-	// and no BATCH is above gatherBytes.
+	// gatherFrames and more live events that wait together travel as one BATCH
+	// (PROTOCOL 2.4): a client is woken once for all of them. None above gatherEach is
+	// copied for that, and no BATCH is above gatherBytes. Nothing but live events: the
+	// original client waits for its storage between the messages of a BATCH, and frames
+	// that come behind it overtake them. Merging does not mind; messages of a topic and
+	// updates of a query would change places.
 	gatherFrames = 3
 	gatherEach   = 8 << 10
 	gatherBytes  = 60 << 10
@@ -260,6 +263,7 @@ func (s *session) startWriterLocked() {
 // and the bytes of the frames that hold them.
 type batch struct {
 	bufs  net.Buffers
+	loose []bool // beside bufs: a live event
 	run   [][]byte
 	bytes []byte
 }
@@ -272,13 +276,11 @@ func (s *session) write() {
 	b := writeBatches.Get().(*batch)
 	defer writeBatches.Put(b)
 	for {
-		bufs, ahead, last, ok := s.takeFrames(b.bufs[:0])
+		last, ok := s.takeFrames(b)
 		if !ok {
 			break
 		}
-		if len(bufs)-ahead >= gatherFrames {
-			bufs = b.gather(bufs, ahead)
-		}
+		bufs := b.gather()
 		b.bufs = bufs[:0] // WriteTo moves its own header along the slice
 		s.writeBy.Store(s.k.now().Add(s.k.cfg.WriteTimeout).UnixNano())
 		var err error
@@ -304,14 +306,17 @@ func (s *session) write() {
 	}
 }
 
-// gather wraps runs of small frames, from the first'th on, in BATCH frames. It works in
-// place; the frames that it makes are good until the next call.
-func (b *batch) gather(bufs net.Buffers, first int) net.Buffers {
+// gather wraps runs of small live events in BATCH frames and returns what is to be
+// written. It works in place; the frames that it makes are good until the next call.
+func (b *batch) gather() net.Buffers {
+	if len(b.bufs) < gatherFrames {
+		return b.bufs
+	}
 	b.bytes, b.run = b.bytes[:0], b.run[:0]
-	out, size := bufs[:first], 0
+	out, size := b.bufs[:0], 0
 	flush := func(next int) {
 		if n := len(b.run); n < gatherFrames {
-			out = append(out, bufs[next-n:next]...)
+			out = append(out, b.bufs[next-n:next]...)
 		} else {
 			at := len(b.bytes)
 			b.bytes = append(b.bytes, binaryFrame, 126, 0, 0)
@@ -321,19 +326,22 @@ func (b *batch) gather(bufs net.Buffers, first int) net.Buffers {
 		}
 		b.run, size = b.run[:0], 0
 	}
-	for i := first; i < len(bufs); i++ {
-		payload := singlePayload(bufs[i])
+	for i, frame := range b.bufs {
+		var payload []byte
+		if b.loose[i] {
+			payload = singlePayload(frame)
+		}
 		if payload == nil || size+len(payload) > gatherBytes {
 			flush(i)
 		}
 		if payload == nil {
-			out = append(out, bufs[i])
+			out = append(out, frame)
 			continue
 		}
 		b.run = append(b.run, payload)
 		size += len(payload) + 4
 	}
-	flush(len(bufs))
+	flush(len(b.bufs))
 	return out
 }
 
@@ -356,26 +364,28 @@ func singlePayload(frame []byte) []byte {
 	return frame[head:]
 }
 
-// minGather keeps a BATCH of three above the 125 bytes of the shortest header. No message
-// on the lanes that are gathered is smaller.
+// minGather keeps a BATCH of three above the 125 bytes of the shortest header. No event
+// is smaller.
 const minGather = 36
 
-// takeFrames takes what the next writev carries, in the order of the lanes; the first
-// ahead of them are urgent. last says that the close frame is among it. When nothing waits it returns false, and
-// the goroutine that called it is no longer the writer.
-func (s *session) takeFrames(bufs net.Buffers) (_ net.Buffers, ahead int, last, ok bool) {
+// takeFrames takes what the next writev carries into b, in the order of the lanes. last
+// says that the close frame is among it. When nothing waits it returns false, and the
+// goroutine that called it is no longer the writer.
+func (s *session) takeFrames(b *batch) (last, ok bool) {
+	bufs, loose := b.bufs[:0], b.loose[:0]
+	defer func() { b.bufs, b.loose = bufs, loose }()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.out.lost {
 		s.out.writing = false
-		return nil, 0, false, false
+		return false, false
 	}
 	size := 0
 	for l := range s.out.lanes {
 		queue := s.out.lanes[l]
 		n := 0
 		for ; n < len(queue) && len(bufs) < writeFrames && size < writeBytes; n++ {
-			bufs = append(bufs, queue[n].bytes)
+			bufs, loose = append(bufs, queue[n].bytes), append(loose, queue[n].events != nil)
 			size += len(queue[n].bytes)
 			s.countLocked(lane(l), queue[n], -1)
 		}
@@ -383,9 +393,6 @@ func (s *session) takeFrames(bufs net.Buffers) (_ net.Buffers, ahead int, last, 
 			queue = nil
 		}
 		s.out.lanes[l] = queue
-		if lane(l) == urgent {
-			ahead = len(bufs)
-		}
 	}
 	if size > 0 {
 		s.room.Broadcast()
@@ -394,14 +401,14 @@ func (s *session) takeFrames(bufs net.Buffers) (_ net.Buffers, ahead int, last, 
 		s.startWorkersLocked() // drained: what is owed can be sent
 	}
 	if s.out.last != nil && len(bufs) < writeFrames && size < writeBytes {
-		bufs = append(bufs, s.out.last)
-		return bufs, ahead, true, true
+		bufs, loose = append(bufs, s.out.last), append(loose, false)
+		return true, true
 	}
 	if len(bufs) == 0 {
 		s.out.writing = false
-		return nil, 0, false, false
+		return false, false
 	}
-	return bufs, ahead, false, true
+	return false, true
 }
 
 // halfClose ends our side of the connection after the close frame, so that the
