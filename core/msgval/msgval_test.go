@@ -168,8 +168,22 @@ func TestCheckRefuses(t *testing.T) {
 		}
 	}
 	check(t, deep(128, 0x91))
-	if size, depth, err := msgval.Scan(append(deep(140, 0x91), 7), 140); size != 141 || depth != 140 || err != nil {
-		t.Errorf("Scan = %d, %d, %v", size, depth, err)
+	if size, shape, err := msgval.Scan(append(deep(140, 0x91), 7), 140); size != 141 || shape.Depth != 140 || shape.Foreign || err != nil {
+		t.Errorf("Scan = %d, %+v, %v", size, shape, err)
+	}
+	for _, c := range []struct {
+		value   []byte
+		foreign bool
+	}{
+		{[]byte{0xd6, 0xff, 0, 0, 0, 1}, false}, // a timestamp
+		{[]byte{0xc7, 12, 0xff, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1}, false},
+		{[]byte{0xd4, 5, 0}, true},
+		{[]byte{0x91, 0x81, 0xa1, 'k', 0xc7, 0, 5}, true},
+		{[]byte{0xa1, 0xd4}, false}, // in a string
+	} {
+		if _, shape, err := msgval.Scan(c.value, 128); shape.Foreign != c.foreign || err != nil {
+			t.Errorf("Scan(% x) = %+v, %v; want foreign %v", c.value, shape, err, c.foreign)
+		}
 	}
 }
 

@@ -42,51 +42,64 @@ func Check(b []byte) (rest []byte, err error) {
 	return b[size:], nil
 }
 
+// Shape is what Scan finds on its way through a value.
+type Shape struct {
+	// Depth is how deep it is nested.
+	Depth int
+	// Foreign says that some extension in it is not the timestamp of the msgpack
+	// specification, type -1, the only one that every client can read.
+	Foreign bool
+}
+
+// timestampExt is the type byte of the timestamp extension.
+const timestampExt = 0xff
+
 // Scan is Check with another limit of depth, at most MaxDepth+32. It returns the
-// size of the value and how deep it is nested.
-func Scan(b []byte, maxDepth int) (size, depth int, err error) {
+// size of the value and its shape.
+func Scan(b []byte, maxDepth int) (size int, shape Shape, err error) {
 	maxDepth = min(maxDepth, maxScanDepth)
 	var outer [maxScanDepth]int // values still to come in each container around
 	level, left, pos := 0, 1, 0 // left: values still to come in the innermost one
 	for {
 		if pos == len(b) {
-			return 0, 0, ErrTruncated
+			return 0, Shape{}, ErrTruncated
 		}
 		left--
 		switch n := shortSize(b[pos]); {
 		case n > 0:
 			pos += n
 			if pos > len(b) {
-				return 0, 0, ErrTruncated
+				return 0, Shape{}, ErrTruncated
 			}
 		case b[pos] == 0xc1:
-			return 0, 0, ErrReserved
+			return 0, Shape{}, ErrReserved
 		default:
 			h, ok := ReadHead(b[pos:])
 			if !ok {
-				return 0, 0, ErrTruncated
+				return 0, Shape{}, ErrTruncated
 			}
 			pos += h.Size
 			// A value takes a byte at least. Comparing before counting keeps
 			// the numbers small on any platform.
 			if h.Values() > uint64(len(b)-pos) {
-				return 0, 0, ErrTruncated
+				return 0, Shape{}, ErrTruncated
 			}
 			if !h.Kind.Container() {
+				shape.Foreign = shape.Foreign || h.Kind == ExtKind && h.Num != timestampExt
 				pos += int(h.N)
 				break
 			}
 			if level == maxDepth {
-				return 0, 0, ErrTooDeep
+				return 0, Shape{}, ErrTooDeep
 			}
 			outer[level] = left
 			level++
-			depth = max(depth, level)
+			shape.Depth = max(shape.Depth, level)
 			left = int(h.Values())
 		}
 		for left == 0 {
 			if level == 0 {
-				return pos, depth, nil
+				return pos, shape, nil
 			}
 			level--
 			left = outer[level]

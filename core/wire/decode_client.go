@@ -4,6 +4,7 @@ import (
 	"math"
 
 	"github.com/topgun-sync/topgun/core/merkle"
+	"github.com/topgun-sync/topgun/core/msgval"
 )
 
 // maxType bounds the name of a type: no known one has half of it.
@@ -24,8 +25,9 @@ func DecodeClient(frame []byte, lim Limits) (Message, error) {
 // decoder decodes one frame or body.
 type decoder struct {
 	reader
-	lim  Limits
-	deep bool // some value may be nested too deeply
+	lim     Limits
+	deep    bool // some value may be nested too deeply
+	foreign bool // some value may hold an extension that clients cannot read
 	// clientNode is the last node id that checkNodeID accepted. The stamps of a frame
 	// mostly have the same.
 	clientNode string
@@ -33,8 +35,8 @@ type decoder struct {
 
 // open begins to read data.
 func (d *decoder) open(data []byte) *Error {
-	r, deep, err := scan(data)
-	d.reader, d.deep = r, deep
+	r, shape, err := scan(data)
+	d.reader, d.deep, d.foreign = r, shape.Depth > msgval.MaxDepth, shape.Foreign
 	return err
 }
 

@@ -274,6 +274,8 @@ func (d *decoder) checkValue(v []byte) *Error {
 		return &Error{Name: ValueTooLarge, Code: 413, Text: "the value is too large"}
 	case d.tooDeep(v):
 		return &Error{Name: ValueTooDeep, Code: 400, Text: "the value is nested deeper than 128 containers"}
+	case d.hasForeign(v):
+		return foreignValue()
 	case bytes.Contains(v, []byte(protoField)) && hasField(v, protoField):
 		return reservedName("the value has a field that JavaScript clients rename")
 	}
@@ -287,6 +289,20 @@ func (d *decoder) tooDeep(v []byte) bool {
 	}
 	_, err := msgval.Check(v)
 	return err != nil
+}
+
+// hasForeign reports whether a value holds an extension that the TypeScript client
+// cannot read: it would drop the whole frame that the value comes in (PROTOCOL 2.3).
+func (d *decoder) hasForeign(v []byte) bool {
+	if !d.foreign || len(v) == 0 {
+		return false
+	}
+	_, shape, err := msgval.Scan(v, msgval.MaxDepth)
+	return err == nil && shape.Foreign
+}
+
+func foreignValue() *Error {
+	return &Error{Name: BadMessage, Code: 400, Text: "the value holds a msgpack extension that clients cannot read; the only one they know is the timestamp, -1"}
 }
 
 // hasField reports whether any map within a value has a field of this name.

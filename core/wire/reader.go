@@ -28,21 +28,20 @@ type reader struct {
 }
 
 // scan checks that data is exactly one msgpack value and is a map, and returns a
-// reader before it. deep says that containers are nested so deeply that a value
-// in it may be deeper than a value is allowed to be.
-func scan(data []byte) (r reader, deep bool, err *Error) {
-	size, depth, scanErr := msgval.Scan(data, msgval.MaxDepth+envelopeDepth)
+// reader before it and the shape of data.
+func scan(data []byte) (r reader, shape msgval.Shape, err *Error) {
+	size, shape, scanErr := msgval.Scan(data, msgval.MaxDepth+envelopeDepth)
 	switch {
 	case errors.Is(scanErr, msgval.ErrTooDeep):
-		return r, false, badMessage("containers are nested too deeply; at most 128 are allowed in a value")
+		return r, shape, badMessage("containers are nested too deeply; at most 128 are allowed in a value")
 	case errors.Is(scanErr, msgval.ErrReserved):
-		return r, false, badMessage("the reserved byte 0xc1 is no msgpack")
+		return r, shape, badMessage("the reserved byte 0xc1 is no msgpack")
 	case scanErr != nil:
-		return r, false, badMessage("the msgpack is truncated")
+		return r, shape, badMessage("the msgpack is truncated")
 	case size != len(data):
-		return r, false, badMessage("bytes follow the msgpack value; want exactly one")
+		return r, shape, badMessage("bytes follow the msgpack value; want exactly one")
 	}
-	return reader{data: data}, depth > msgval.MaxDepth, nil
+	return reader{data: data}, shape, nil
 }
 
 // rest returns what was not read.

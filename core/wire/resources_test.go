@@ -51,6 +51,7 @@ func TestResourceErrors(t *testing.T) {
 		{"TOPIC_UNSUB of nothing", wrapped("TOPIC_UNSUB", "topic", ""), wire.BadName},
 		{"TOPIC_PUB to ..", wrapped("TOPIC_PUB", "topic", "..", "data", 1), wire.BadName},
 		{"TOPIC_PUB of much", wrapped("TOPIC_PUB", "topic", "t", "data", strings.Repeat("d", 256<<10)), wire.ValueTooLarge},
+		{"TOPIC_PUB of an extension", wrapped("TOPIC_PUB", "topic", "t", "data", raw([]byte{0xd4, 5, 0})), wire.BadMessage},
 		{"TOPIC_PUB of depth", wrapped("TOPIC_PUB", "topic", "t", "data", raw(append(bytes.Repeat([]byte{0x91}, 129), 0xc0))), wire.ValueTooDeep},
 		{"COUNTER_REQUEST of nothing", wrapped("COUNTER_REQUEST"), wire.BadName},
 		{"COUNTER_SYNC of a bad name", wrapped("COUNTER_SYNC", "name", "a b", "state", pairs{}), wire.BadName},

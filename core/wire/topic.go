@@ -111,6 +111,8 @@ func (d *decoder) topicPub() (Message, *Error) {
 		err = &Error{Name: ValueTooLarge, Code: 413, Text: "data is too large for a topic"}
 	case d.tooDeep(m.Data):
 		err = &Error{Name: ValueTooDeep, Code: 400, Text: "data is nested deeper than 128 containers"}
+	case d.hasForeign(m.Data):
+		err = foreignValue()
 	default:
 		err = CheckResourceName(m.Topic)
 	}

@@ -8,6 +8,8 @@ import (
 
 	"connectrpc.com/connect/v2"
 
+	"github.com/topgun-sync/topgun/core/query"
+
 	fanoutv1 "github.com/topgun-sync/topgun/gen/go/topgun/fanout/v1"
 	"github.com/topgun-sync/topgun/services/fanout"
 	"github.com/topgun-sync/topgun/services/internal/bus/membus"
@@ -162,4 +164,22 @@ func TestConfig(t *testing.T) {
 			t.Errorf("%s: got %v", name, err)
 		}
 	}
+}
+
+// A query that no node answers in time is refused, and the others of its map get their
+// results; without that it would hold them up for ever.
+func TestSlowQueryIsRefused(t *testing.T) {
+	inLiveBubble(t, func(t *testing.T, l *lively) {
+		l.put("m", "k", `{"v":1}`)
+		l.world.endless = func(q *query.Query) bool { return len(q.Equalities()) == 0 }
+		g := l.watch(t, "g")
+		g.ask(1, "m", `{"predicate":{"op":"contains","attribute":"v","value":"x"}}`)
+		g.ask(2, "m", `{"where":{"v":1}}`)
+		settle()
+		g.drain()
+		if got := g.view.of(1).result.GetError(); !strings.HasPrefix(got, "QUERY_TOO_SLOW: ") {
+			t.Errorf("got the error %q", got)
+		}
+		g.shows(2, `k={"v":1} `)
+	})
 }

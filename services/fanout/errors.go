@@ -21,5 +21,6 @@ const (
 	tooManyQueries = "QUERY_TOO_MANY: there are too many live queries; end some and ask again"
 	tooLarge       = "QUERY_TOO_LARGE: the rows take too much memory; ask for fewer by a limit, a narrower filter or pages"
 	tooManyRows    = "QUERY_TOO_LARGE: the groups are made of too many rows; use a narrower filter"
+	slowQuery      = "QUERY_TOO_SLOW: the query takes too long on this map; use a simpler or a narrower filter"
 	refusedBelow   = "BAD_QUERY: the partitions do not accept the query"
 )

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"connectrpc.com/connect/v2"
+
 	"github.com/topgun-sync/topgun/core/msgval"
 	"github.com/topgun-sync/topgun/core/query"
 
@@ -136,6 +138,18 @@ func (p *partitions) query(ctx context.Context, n node, req *partitionv1.QueryRe
 	defer cancel()
 	req.Shards = n.shards
 	return n.client.Query(ctx, req)
+}
+
+// tooSlow says whether a call of query ended with err because of its query: its time
+// was over, and the node answers otherwise.
+func (p *partitions) tooSlow(ctx context.Context, n node, err error) bool {
+	if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) && connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, describeTimeout)
+	defer cancel()
+	_, err = n.client.Describe(ctx, &partitionv1.DescribeRequest{})
+	return err == nil
 }
 
 // hasOR says whether the OR-map of a name has or had records.

@@ -279,6 +279,10 @@ func (m *liveMap) readOne(ctx context.Context, t *topology, r *reading) error {
 		case connect.CodeOf(err) == connect.CodeInvalidArgument:
 			r.failure = refusedBelow
 			return nil
+		case m.service.partitions.tooSlow(ctx, n, err):
+			// Another try would be as slow, and the round's other readings fail with it.
+			r.failure = slowQuery
+			return nil
 		case err != nil:
 			return fmt.Errorf("read a query: %w", err)
 		}

@@ -36,6 +36,8 @@ type world struct {
 	before, after func()
 	// refuse makes a node's call fail.
 	refuse func() error
+	// endless are the queries that no node comes to the end of.
+	endless func(*query.Query) bool
 	// scans, reads and gets count the calls with an empty query, another query, and
 	// Get.
 	scans, reads, gets int
@@ -63,7 +65,7 @@ type worldNode struct {
 }
 
 func newWorld(t testing.TB, shards, nodes int) *world {
-	w := &world{t: t, before: func() {}, after: func() {}, refuse: func() error { return nil }}
+	w := &world{t: t, before: func() {}, after: func() {}, refuse: func() error { return nil }, endless: func(*query.Query) bool { return false }}
 	for n := range nodes {
 		w.nodes = append(w.nodes, &worldNode{world: w, id: n})
 	}
@@ -307,10 +309,14 @@ func (n *worldNode) Get(_ context.Context, req *partitionv1.GetRequest) (*partit
 	})
 }
 
-func (n *worldNode) Query(_ context.Context, req *partitionv1.QueryRequest) (*partitionv1.QueryResponse, error) {
+func (n *worldNode) Query(ctx context.Context, req *partitionv1.QueryRequest) (*partitionv1.QueryResponse, error) {
 	q, err := query.Parse(req.GetQuery(), nil)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInvalidArgument, err.Error())
+	}
+	if n.world.endless(q) {
+		<-ctx.Done()
+		return nil, ctx.Err()
 	}
 	resp := &partitionv1.QueryResponse{}
 	return resp, n.serve(req.GetShards(), func(w *world) {

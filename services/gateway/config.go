@@ -51,7 +51,7 @@ type Config struct {
 	// MaxMaps bounds the maps that one session looks at. A client asks for all of its
 	// maps when it connects.
 	MaxMaps int
-	// MaxSubscriptions bounds the queries of one session;
+	// MaxSubscriptions bounds the live queries, and the topics, of one session;
 	// also the maps, and the queries, of one POST /sync.
 	MaxSubscriptions int
 	// MaxInFlight bounds the requests of one session that are being answered.

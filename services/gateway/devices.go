@@ -35,8 +35,13 @@ const (
 	devicesMap = "$devices"
 	// orCursor begins the cursor of an OR-map, and no name of a map.
 	orCursor = "/or/"
-	// quietTime without a bucket request after a root says that a client's copy is as the
-	// root: it found it equal, or its walk is over.
+	// firstWritten is beside the cursors of a device, and no name of a map: when it became
+	// known. A map of a known device that has no cursor was last complete before that, if
+	// it ever was.
+	firstWritten = "/first"
+	// quietTime from the last answer of a sync until the client's last word, without a
+	// bucket request in between, says that its copy is as the root: it found it equal, or
+	// its walk is over. A client that asks no more because it is gone says nothing either.
 	quietTime = 5 * time.Second
 	// maxCursorMargin is subtracted from the last word of a client that was told of every
 	// change: what was sent to it shortly before may never have arrived.
@@ -113,7 +118,7 @@ func cursorName(of mapKind, name string) string {
 // progress is how far a client's copy of a map is. The session's mu guards it.
 type progress struct {
 	root  int64  // when the reading of the last root began, in Unix nanoseconds; 0: none was sent
-	asked int64  // when the root was sent, or the client last asked for a bucket
+	asked int64  // when the root was made, or the client last asked for a bucket
 	done  uint64 // when the copy was last known to be complete, in Unix ms
 }
 
@@ -135,8 +140,11 @@ func (s *session) awayTooLong(ctx context.Context, j job) bool {
 		return false
 	}
 	last := j.since
-	if cursor, known := s.cursors(ctx)[cursorName(j.of, j.name)]; known {
+	known := s.cursors(ctx)
+	if cursor, ok := known[cursorName(j.of, j.name)]; ok {
 		last = cursor
+	} else if first, ok := known[firstWritten]; ok {
+		last = min(last, first)
 	}
 	limit := s.k.now().Add(-kept.period).UnixMilli()
 	return limit > 0 && last < uint64(limit)
@@ -165,11 +173,12 @@ func (s *session) cursors(ctx context.Context) cursors {
 	s.mu.Unlock()
 	defer close(loading)
 	read, err := s.k.devices.read(ctx, []string{id})
-	if err != nil {
-		return nil // its own reads will say so
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err != nil {
+		d.loading = nil // the next map tries again; reading this one will fail as well
+		return nil
+	}
 	d.cursors = read[id]
 	return d.cursors
 }
@@ -245,7 +254,7 @@ func (s *session) sendReset(ctx context.Context, of mapKind, name string) error 
 
 // complete returns, for the maps of a session whose copy is known to have been complete at
 // some time, when that was last.
-func (s *session) complete(now time.Time, period time.Duration) cursors {
+func (s *session) complete(period time.Duration) cursors {
 	s.mu.Lock()
 	names := slices.Collect(maps.Keys(s.maps))
 	s.mu.Unlock()
@@ -254,15 +263,17 @@ func (s *session) complete(now time.Time, period time.Duration) cursors {
 		steady[name] = s.k.hub.steady(name)
 	}
 	margin := min(maxCursorMargin, period/cursorSteps).Milliseconds()
-	heard := max(0, s.reader.seen.Load()/int64(time.Millisecond)-margin)
+	word := s.reader.seen.Load()
+	heard := max(0, word/int64(time.Millisecond)-margin)
 	found := make(cursors)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	answered := !s.cut && (s.closing != nil || !s.answeringLocked())
 	told := !s.behind && s.out.events == 0
 	for name, seen := range s.maps {
 		for _, of := range []mapKind{kindLWW, kindOR} {
 			p := &seen.of(of).copied
-			if p.root != 0 && now.UnixNano()-p.asked >= int64(quietTime) {
+			if p.root != 0 && answered && word-max(p.asked, s.out.synced) >= int64(quietTime) {
 				at := p.root / int64(time.Millisecond)
 				if told && steady[name] && !s.owed[name] {
 					at = max(at, heard)
@@ -275,6 +286,11 @@ func (s *session) complete(now time.Time, period time.Duration) cursors {
 		}
 	}
 	return found
+}
+
+// answeringLocked reports whether something that a sync asked for is still to be sent.
+func (s *session) answeringLocked() bool {
+	return len(s.jobs) > 0 || s.workers > 0 || s.out.syncBytes > 0 || s.out.syncing
 }
 
 // moved reports whether some cursor is so far above the known one that it is worth a
@@ -299,7 +315,8 @@ func (c cursors) merge(other cursors) cursors {
 	}
 	if len(merged) > maxCursors {
 		names := slices.SortedFunc(maps.Keys(merged), func(a, b string) int { return cmp.Compare(merged[a], merged[b]) })
-		for _, name := range names[:len(names)-maxCursors] {
+		names = slices.DeleteFunc(names, func(name string) bool { return name == firstWritten })
+		for _, name := range names[:len(merged)-maxCursors] {
 			delete(merged, name)
 		}
 	}
@@ -357,13 +374,9 @@ func newDevices(k *sockets) *devices {
 	return &devices{k: k, kick: make(chan struct{}, 1), queue: make(map[string]cursors), tokens: newDeviceBurst}
 }
 
-// left notes how far the copies of a session that ends are.
-func (d *devices) left(s *session) {
-	d.look(s, d.k.now())
-}
-
-// look queues a session's device if its cursors moved.
-func (d *devices) look(s *session, now time.Time) {
+// look queues a session's device if its cursors moved. It is called when the session
+// ends, and now and then before.
+func (d *devices) look(s *session) {
 	period := d.k.router.retention().period
 	if period == 0 {
 		return
@@ -374,7 +387,7 @@ func (d *devices) look(s *session, now time.Time) {
 	if known == nil || !known.presented {
 		return // it may never come again
 	}
-	found := s.complete(now, period)
+	found := s.complete(period)
 	s.mu.Lock()
 	moved := found.moved(known.cursors, period)
 	if moved {
@@ -408,9 +421,8 @@ func (d *devices) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
-			now := d.k.now()
 			for _, s := range d.k.snapshot() {
-				d.look(s, now)
+				d.look(s)
 			}
 			continue
 		case <-d.kick:
@@ -505,6 +517,7 @@ func (d *devices) write(ctx context.Context, batch map[string]cursors) error {
 				continue
 			}
 			room--
+			have = cursors{firstWritten: now.Millis}
 		} else if !found.moved(have, period) {
 			continue
 		}

@@ -1,7 +1,9 @@
 package gateway
 
 import (
+	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -18,18 +20,25 @@ const testRetention = 30 * 24 * time.Hour
 type aged struct {
 	*bench
 	ahead *atomic.Int64
+	stuck *atomic.Bool // the owner does not answer Records
 }
 
 func setupAged(t *testing.T, period time.Duration) *aged {
 	t.Helper()
-	ahead := new(atomic.Int64)
+	ahead, stuck := new(atomic.Int64), new(atomic.Bool)
 	now := func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
 	b := setup(t, nil, func(b *bench) {
 		b.partition.now, b.partition.retention = now, uint64(period.Milliseconds())
+		b.partition.before = func(ctx context.Context, method string) error {
+			if method == "Records" && stuck.Load() {
+				<-ctx.Done()
+			}
+			return ctx.Err()
+		}
 		b.service.now = now
 		b.service.sockets.now = now
 	})
-	return &aged{bench: b, ahead: ahead}
+	return &aged{bench: b, ahead: ahead, stuck: stuck}
 }
 
 func (a *aged) pass(d time.Duration) { a.ahead.Add(int64(d)) }
@@ -51,13 +60,32 @@ func (a *aged) device(t *testing.T, device int) *wsClient {
 	return p
 }
 
+// goQuiet ends a session whose client asked for nothing more for a while.
+func (a *aged) goQuiet(p *wsClient) {
+	p.t.Helper()
+	a.pass(quietTime + time.Second)
+	p.ping()
+	_ = p.conn.Close()
+}
+
+// answered waits until nothing that a sync asked for is still to be sent.
+func (a *aged) answered(p *wsClient) {
+	p.t.Helper()
+	eventually(p.t, func() bool {
+		return !slices.ContainsFunc(a.service.sockets.snapshot(), func(s *session) bool {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.answeringLocked()
+		})
+	})
+}
+
 // leave ends a session after its copies were quiet for long enough to be complete.
 func (a *aged) leave(p *wsClient) {
 	p.t.Helper()
 	open, _ := a.service.sockets.count()
-	a.pass(quietTime + time.Second)
-	p.ping()
-	_ = p.conn.Close()
+	a.answered(p)
+	a.goQuiet(p)
 	eventually(p.t, func() bool { n, _ := a.service.sockets.count(); return n < open })
 }
 
@@ -80,12 +108,20 @@ func TestTMB01_AwayForTooLong(t *testing.T) {
 	expect[*wire.ORMapSyncRespRoot](p)
 	a.leave(p)
 	eventually(t, func() bool { return a.cursors(1) != nil })
-	if c := a.cursors(1); len(c) != 2 || c["m"] == 0 || c[orCursor+"m"] == 0 {
+	if c := a.cursors(1); len(c) != 3 || c[firstWritten] == 0 || c["m"] == 0 || c[orCursor+"m"] == 0 {
 		t.Fatalf("cursors %v", c)
 	}
 
+	witness := a.hello(t)
+	witness.synced("m", 0)
+	witness.send(&wire.ORMapSyncInit{MapName: "m", HasClaimedEpoch: true})
+	expect[*wire.ORMapDiffResponse](witness)
+	expect[*wire.ORMapSyncRespRoot](witness)
 	a.partition.put("m", "deleted", nil, stamp(a.millis()))
 	a.partition.add("m", "deleted", "tag", nil, stamp(a.millis()))
+	for range 2 {
+		expect[*wire.ServerEvent](witness) // so none is under way to who comes later
+	}
 	a.pass(testRetention + time.Hour)
 	a.partition.forget(typesv1.Kind_KIND_LWW, "m", "deleted", "")
 	a.partition.forget(typesv1.Kind_KIND_OR, "m", "deleted", "tag")
@@ -106,6 +142,21 @@ func TestTMB01_AwayForTooLong(t *testing.T) {
 	if a.partition.tag("m", "deleted", "tag") != nil {
 		t.Error("a removed record came back")
 	}
+}
+
+// A device whose first session was not noted, since it had no token yet, and that comes
+// often and opens a map of then rarely: how often it came says nothing about that map.
+func TestTMB01_AMapThatIsOpenedRarely(t *testing.T) {
+	a := setupAged(t, testRetention)
+	often := a.device(t, 1)
+	often.synced("often", 0)
+	a.leave(often)
+	eventually(t, func() bool { return a.cursors(1) != nil })
+	a.pass(testRetention + time.Hour)
+	recent := a.millis() - 1000 // lastSyncTimestamp is one number for all maps
+	p := a.device(t, 1)
+	p.send(&wire.SyncInit{MapName: "rarely", LastSyncTimestamp: recent})
+	expect[*wire.SyncResetRequired](p)
 }
 
 // Whether a client was away too long is read from the device where it is known, and from
@@ -311,6 +362,7 @@ func TestCursorsMove(t *testing.T) {
 	}
 	id, _, _ := strings.Cut(token(1), ".")
 	last := a.cursors(1)["m"]
+	a.pass(time.Second) // the record needs a stamp of its own
 	a.service.sockets.devices.add(id, cursors{"m": 5, "o": a.millis()})
 	a.service.sockets.devices.flush(t.Context())
 	if c := a.cursors(1); c["m"] != last || c["o"] == 0 {
@@ -327,10 +379,11 @@ func TestCompleteWhileTold(t *testing.T) {
 	p := a.device(t, 1)
 	p.synced("m", 0)
 	s := a.service.sockets.snapshot()[0]
-	at := func() uint64 { return s.complete(a.partition.now(), testRetention)["m"] }
+	at := func() uint64 { return s.complete(testRetention)["m"] }
 	if got := at(); got != 0 {
 		t.Errorf("complete at %d right after the root", got)
 	}
+	a.answered(p)
 	var rooted uint64
 	for range 4 { // PINGs keep the session alive
 		a.pass(quietTime + 25*time.Second)

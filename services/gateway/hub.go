@@ -20,6 +20,10 @@ const (
 	// firstRetry and maxRetry pace the attempts to open the stream again.
 	firstRetry = 50 * time.Millisecond
 	maxRetry   = 5 * time.Second
+	// maxWatched is how many maps, counters included, and how many topics the sessions
+	// of a gateway look at. It is what fanout takes of one stream: it would refuse the
+	// call with one more, and with it the stream that serves all sessions.
+	maxWatched = 100_000
 )
 
 // hub knows which session looks at which map, keeps the gateway's one stream of
@@ -41,6 +45,7 @@ type hub struct {
 	healing   chan struct{} // something is in heals
 	queries   *queries
 	topics    *topics
+	most      int // of maps
 
 	mu     sync.Mutex
 	maps   map[string]*watched
@@ -78,6 +83,7 @@ func newHub(gatewayID string, fanout fanoutv1connect.FanoutServiceClient, log *s
 		kick:      make(chan struct{}, 1),
 		healing:   make(chan struct{}, 1),
 		maps:      make(map[string]*watched),
+		most:      maxWatched,
 	}
 	h.queries = newQueries(func() { notify(h.kick) })
 	h.topics = newTopics(func() { notify(h.kick) })
@@ -92,7 +98,10 @@ func (h *hub) run(ctx context.Context) {
 	wg.Wait()
 }
 
-var errNoStream = fixedError("changes do not arrive from fanout")
+var (
+	errNoStream       = fixedError("changes do not arrive from fanout")
+	errTooManyWatched = fixedError("the sessions look at as many maps as fanout takes")
+)
 
 func (h *hub) ready() error {
 	h.mu.Lock()
@@ -117,7 +126,7 @@ func (h *hub) watchedMaps() (n int) {
 
 // join makes a session see the changes of the given kinds of a name. When it has
 // returned nil, every change that is logged from then on reaches the session, or a fresh
-// root does.
+// root does. It fails when ctx ends, and above maxWatched.
 func (h *hub) join(ctx context.Context, s *session, name string, of kinds) error {
 	h.mu.Lock()
 	if s.left {
@@ -126,6 +135,10 @@ func (h *hub) join(ctx context.Context, s *session, name string, of kinds) error
 	}
 	t := h.maps[name]
 	if t == nil {
+		if len(h.maps) >= h.most {
+			h.mu.Unlock()
+			return errTooManyWatched
+		}
 		t = &watched{name: name, sessions: make(map[*session]kinds), changed: make(chan struct{})}
 		h.maps[name] = t
 	}

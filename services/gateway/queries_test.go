@@ -119,7 +119,8 @@ func TestLiveQuery(t *testing.T) {
 	eventually(t, func() bool { // its op made it look at the map
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		return h.maps["people"].sessions[session].has(kindLWW)
+		people := h.maps["people"] // none between the end of the probe and the op's interest
+		return people != nil && people.sessions[session].has(kindLWW)
 	})
 	b.partition.put("people", "k5", person(19), stamp(4))
 	for {

@@ -105,6 +105,7 @@ type session struct {
 	counters     map[string]struct{} // that it is told of
 	owed         map[string]bool     // names, as the hub has them, that it must be told of anew
 	behind       bool                // it is closing, and did not get all that it was to be told
+	cut          bool                // it is closing, and did not get all that a sync asked for
 	probes       map[string]*probe
 	subs         map[string]*querySub   // live queries, by queryId
 	topics       map[string]struct{}    // that it is subscribed to
@@ -168,7 +169,7 @@ func (s *session) end(reason closeReason) {
 	s.mu.Unlock()
 	_ = s.conn.Close() // whatever state it is in
 	s.cancel()
-	s.k.devices.left(s)
+	s.k.devices.look(s)
 	s.endQueries()
 	s.endTopics()
 	s.k.hub.leave(s)
@@ -585,6 +586,7 @@ func (s *session) beginClose(reason closeReason) {
 	}
 	s.closing = &reason
 	s.behind = s.out.events > 0 || len(s.owed) > 0
+	s.cut = s.cut || s.answeringLocked()
 	s.out.lanes[bulk], s.out.events, s.out.eventBytes, s.out.syncBytes = nil, 0, 0, 0
 	clear(s.owed)
 	clear(s.owedQueries)

@@ -95,10 +95,10 @@ func (h *hub) watch(ctx context.Context, stream string) error {
 			return nil
 		}
 		request := &fanoutv1.WatchRequest{StreamId: stream, Add: add, Remove: remove}
-		if h.queries.wanted(request) {
+		moreQueries, moreTopics := h.queries.wanted(request), h.topics.wanted(request)
+		if moreQueries || moreTopics {
 			notify(h.kick) // the rest follows
 		}
-		h.topics.wanted(request)
 		if asksNothing(request) {
 			continue
 		}

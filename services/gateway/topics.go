@@ -16,6 +16,9 @@ const (
 	// so that what was taken keeps its order.
 	maxPublishes    = 1000
 	maxPublishBytes = 4 << 20
+	// watchTopics bounds the topics that one Watch call names; the rest follows with the
+	// next.
+	watchTopics = 10_000
 )
 
 // topics knows which sessions are subscribed to which topic (PROTOCOL 14.1). A message is
@@ -25,6 +28,7 @@ const (
 // Lock order: topics.mu before session.mu.
 type topics struct {
 	kick func() // has the stream's watcher look at wanted
+	most int    // of byName
 
 	mu      sync.Mutex
 	byName  map[string]*topic
@@ -38,20 +42,24 @@ type topic struct {
 }
 
 func newTopics(kick func()) *topics {
-	return &topics{kick: kick, byName: make(map[string]*topic), changed: make(map[string]struct{})}
+	return &topics{kick: kick, most: maxWatched, byName: make(map[string]*topic), changed: make(map[string]struct{})}
 }
 
-// join subscribes a session.
-func (t *topics) join(s *session, name string) {
+// join subscribes a session. It returns false if the gateway has as many topics as it may.
+func (t *topics) join(s *session, name string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	one := t.byName[name]
 	if one == nil {
+		if len(t.byName) >= t.most {
+			return false
+		}
 		one = &topic{sessions: make(map[*session]struct{})}
 		t.byName[name] = one
 	}
 	one.sessions[s] = struct{}{}
 	t.changedLocked(name, one)
+	return true
 }
 
 // leave ends a subscription.
@@ -99,11 +107,15 @@ func (t *topics) lost() {
 	}
 }
 
-// wanted adds to a Watch call what fanout is to hear.
-func (t *topics) wanted(call *fanoutv1.WatchRequest) {
+// wanted adds to a Watch call what fanout is to hear, and reports whether there is more.
+func (t *topics) wanted(call *fanoutv1.WatchRequest) (more bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for name := range t.changed {
+		if len(call.AddTopics)+len(call.RemoveTopics) >= watchTopics {
+			return true
+		}
+		delete(t.changed, name)
 		one := t.byName[name]
 		if one.told = len(one.sessions) > 0; one.told {
 			call.AddTopics = append(call.AddTopics, name)
@@ -112,7 +124,7 @@ func (t *topics) wanted(call *fanoutv1.WatchRequest) {
 			delete(t.byName, name)
 		}
 	}
-	clear(t.changed)
+	return false
 }
 
 // deliver hands a message to the sessions of its topic, but not to the one that
@@ -163,13 +175,18 @@ var tooManyTopics = &wire.Error{
 	Name: "TOO_MANY_SUBS", Code: 429, Text: "this connection is subscribed to as many topics as it may be; use another one",
 }
 
+var gatewayTopics = &wire.Error{
+	Name: "TOO_MANY_SUBS", Code: 429, Text: "the clients of this gateway are subscribed to as many topics as it takes; use one of them, or try again later",
+}
+
 // topicSubscribed takes a TOPIC_SUB.
 func (s *session) topicSubscribed(m *wire.TopicSub) error {
 	name := strings.Clone(m.Topic)
 	s.mu.Lock()
 	_, known := s.topics[name]
-	full := !known && len(s.topics) >= s.k.cfg.MaxSubscriptions
-	if !full && !known && s.closing == nil {
+	fresh := !known && s.closing == nil // else endTopics may be over
+	full := len(s.topics) >= s.k.cfg.MaxSubscriptions
+	if fresh && !full {
 		if s.topics == nil {
 			s.topics = make(map[string]struct{})
 		}
@@ -177,10 +194,15 @@ func (s *session) topicSubscribed(m *wire.TopicSub) error {
 	}
 	s.mu.Unlock()
 	switch {
+	case !fresh:
+		return nil
 	case full:
 		return s.decline(tooManyTopics)
-	case !known:
-		s.k.hub.topics.join(s, name)
+	case !s.k.hub.topics.join(s, name):
+		s.mu.Lock()
+		delete(s.topics, name)
+		s.mu.Unlock()
+		return s.decline(gatewayTopics)
 	}
 	return nil
 }

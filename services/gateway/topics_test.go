@@ -55,6 +55,52 @@ func TestTopics(t *testing.T) {
 	eventually(t, func() bool { return b.service.sockets.hub.topics.count() == 0 })
 }
 
+// A subscription that comes as its session begins to close leaves nothing behind.
+func TestTopicOfAClosingSession(t *testing.T) {
+	b := setup(t, nil, nil)
+	b.hello(t)
+	s := b.service.sockets.snapshot()[0]
+	s.beginClose(closeIdle)
+	if err := s.topicSubscribed(&wire.TopicSub{Topic: "news"}); err != nil {
+		t.Error(err)
+	}
+	if n := b.service.sockets.hub.topics.count(); n != 0 {
+		t.Errorf("%d topics", n)
+	}
+}
+
+// RES-01: fanout takes so many topics and maps of a gateway, and would end the stream of
+// all sessions over one more; its surplus is refused to who asks for it.
+func TestWatchedIsBounded(t *testing.T) {
+	b := setup(t, nil, func(b *bench) {
+		hub := b.service.sockets.hub
+		hub.most, hub.topics.most = 2, 2
+	})
+	p := b.hello(t)
+	for i := range 3 {
+		p.send(&wire.TopicSub{Topic: fmt.Sprint(i)})
+	}
+	if m := expect[*wire.ErrorMessage](p); m.Code != 429 || m.Message != gatewayTopics.Error() {
+		t.Errorf("%+v", m)
+	}
+	p.synced("a", 0)
+	p.synced("b", 0)
+	greedy := b.hello(t)
+	greedy.send(&wire.SyncInit{MapName: "c"})
+	if m := expect[*wire.ErrorMessage](greedy); m.Code != 503 {
+		t.Errorf("%+v", m)
+	}
+	b.partition.put("b", "k", packed("v"), stamp(5))
+	if m := expect[*wire.ServerEvent](p); m.Key != "k" {
+		t.Errorf("%+v", m)
+	}
+	p.send(&wire.TopicUnsub{Topic: "0"})
+	b.fanout.awaitTopic(t, "0", false)
+	p.send(&wire.TopicSub{Topic: "4"})
+	p.ping()
+	b.fanout.awaitTopic(t, "4", true)
+}
+
 // After the stream was lost, messages arrive again.
 func TestTopicsAfterStreamLoss(t *testing.T) {
 	b := setup(t, nil, nil)

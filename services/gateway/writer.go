@@ -75,6 +75,10 @@ type outbox struct {
 	events      int // frames of bulk that may be dropped
 	eventBytes  int
 	urgentBytes int
+	// syncing: the write under way holds what belongs to a sync. synced is when the last
+	// such write ended, in Unix nanoseconds.
+	syncing bool
+	synced  int64
 	// writing: the writing goroutine runs. It ends when nothing waits.
 	writing bool
 	// last is the close frame; nothing is taken once it is set.
@@ -380,7 +384,10 @@ func (s *session) takeFrames(b *batch) (last, ok bool) {
 		s.out.writing = false
 		return false, false
 	}
-	size := 0
+	if s.out.syncing {
+		s.out.synced = s.k.now().UnixNano()
+	}
+	size, syncBytes := 0, s.out.syncBytes
 	for l := range s.out.lanes {
 		queue := s.out.lanes[l]
 		n := 0
@@ -397,6 +404,7 @@ func (s *session) takeFrames(b *batch) (last, ok bool) {
 	if size > 0 {
 		s.room.Broadcast()
 	}
+	s.out.syncing = s.out.syncBytes < syncBytes
 	if s.out.events == 0 && len(s.owed)+len(s.owedQueries) > 0 {
 		s.startWorkersLocked() // drained: what is owed can be sent
 	}
@@ -428,6 +436,7 @@ func (s *session) halfClose() {
 // lose ends a session whose connection does not take what is written.
 func (s *session) lose() {
 	s.mu.Lock()
+	s.cut = s.cut || s.out.syncing
 	s.out.writing = false
 	s.out.lost = true
 	s.room.Broadcast()

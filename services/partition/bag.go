@@ -78,14 +78,19 @@ func (bs *bags) link(e *entry) *bag {
 		case bs.leaves != nil:
 			bs.push(b)
 		case len(bs.byKey) > smallTable:
-			bs.leaves = make([]*bag, merkle.LeafCount)
-			for _, other := range bs.byKey {
-				bs.push(other)
-			}
+			bs.linkAll()
 		}
 	}
 	e.next, b.first = b.first, e
 	return b
+}
+
+// linkAll makes the leaf lists.
+func (bs *bags) linkAll() {
+	bs.leaves = make([]*bag, merkle.LeafCount)
+	for _, b := range bs.byKey {
+		bs.push(b)
+	}
 }
 
 func (bs *bags) push(b *bag) {

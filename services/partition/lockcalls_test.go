@@ -109,7 +109,8 @@ func TestLocks_FirstComeFirstServed(t *testing.T) {
 
 // Who goes away loses its place, and its grant if that comes at the same moment.
 func TestLocks_WhoGoesAwayIsPassedOver(t *testing.T) {
-	n := newWorld(t).start()
+	clock := &tickingClock{} // that stands: nobody is silent
+	n := newWorld(t).start(func(d *Deps) { d.Elapsed = clock.elapsed })
 	token := n.mustAcquire("x", "a", 0)
 	ctx, cancel := context.WithCancel(t.Context())
 	gone, next := make(chan error), make(chan uint64)
@@ -146,7 +147,7 @@ func TestLocks_WhoGoesAwayIsPassedOver(t *testing.T) {
 		go func() { got <- n.mustAcquire("x", "f", time.Minute) }()
 		select {
 		case token = <-got:
-		case <-time.After(lockGrace - time.Second):
+		case <-time.After(20 * time.Second):
 			t.Fatal("a lock whose caller went away stays held")
 		}
 		cancel()

@@ -98,14 +98,29 @@ func (s *shard) mergeTag(o *op, t *table, e *entry, wall uint64, origin string) 
 		return
 	case ahead && removal:
 		r := lwwmap.Record{Timestamp: hlc.Timestamp{Millis: wall, NodeID: s.nodeID}}
-		e = s.store(s.table(or, o.table), o.key, o.hash, r, hlc.Timestamp{}, wall, "")
+		e = s.store(s.table(or, o.table), o.key, o.hash, r, outlived(known, r.Timestamp), wall, "")
 		o.outcome, o.winner = restamped, e.record()
 		return
 	case ahead:
 		s.restamp(o, local, wall)
 		return
+	case removal:
+		o.outcome = applied
+		s.store(s.table(or, o.table), o.key, o.hash, o.record, outlived(known, o.record.Timestamp), wall, origin)
+		return
 	}
 	s.decided(o, outcome, local, wall, origin)
+}
+
+// outlived returns the stamp of an add that a removal with an earlier one ends, zero if
+// there is none. The tombstone remembers it, and so stays for as long as the add, sent
+// again, would pass the fence: what one clock stamps may be up to the drift ahead of
+// what another does.
+func outlived(add *ormap.Record, removal hlc.Timestamp) hlc.Timestamp {
+	if add == nil || add.Timestamp.Compare(removal) <= 0 {
+		return hlc.Timestamp{}
+	}
+	return add.Timestamp
 }
 
 // mergeNode decides what a counter's node reports of itself (PROTOCOL 14.2). Whoever

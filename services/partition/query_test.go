@@ -245,6 +245,30 @@ func TestQueryRowsOfBothMaps(t *testing.T) {
 	}
 }
 
+// With few keys of many tags a scan goes through leaf lists too: without them it would
+// look at all keys for each of the leaves, in one go.
+func TestAScanOfFewKeysWithManyTags(t *testing.T) {
+	s := newShard(0, new(arrivalClock), new(wallClock).now, nil)
+	for i := range 2 * smallTable {
+		key := []byte(fmt.Sprint("k", i%10))
+		s.store(s.table(or, "m"), joinTag(key, fmt.Append(nil, i)), merkle.HashBytes(key), record("v", 1, 0), hlc.Timestamp{}, 1, "")
+	}
+	sc := new(scan)
+	sc.begin(s, "m")
+	if s.tables[or]["m"].bags.leaves == nil {
+		t.Error("there are no leaf lists")
+	}
+	shown := 0
+	for last := false; !last; {
+		p := sc.step(scanBudget)
+		last = p.last
+		shown += len(p.values[1])
+	}
+	if shown != 2*smallTable {
+		t.Errorf("%d values, want %d", shown, 2*smallTable)
+	}
+}
+
 // A scan shows the map as it was at its beginning, whatever happens between its steps,
 // and exactly once.
 func TestAScanIsACut(t *testing.T) {

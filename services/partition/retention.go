@@ -50,7 +50,8 @@ func (r retention) moves(boundary uint64) uint64 { return boundary + r.step() + 
 // arrival clock reads clock. Every boundary there was lies at or below it: the arrival
 // clock never reads less than the wall clock did, whoever owned the shard and however
 // that was set since. So an op that passes is younger than every tombstone that was
-// forgotten, and would have beaten it (TMB-01).
+// forgotten, and than the add of a tag that it removed (TMB-01). Only a retention that was made longer
+// leaves older boundaries above the fence.
 func (r retention) fence(clock uint64) uint64 {
 	if r == 0 || clock < uint64(r) {
 		return 0
@@ -112,8 +113,9 @@ func (p *pruner) bury(t *table, e *entry) {
 	p.graves = append(p.graves, grave{at: e.arrival, table: t, entry: e})
 }
 
-// old reports whether a tombstone is stamped before a boundary, also by the stamps
-// that were too far in the future: the same op sent again is recognised by them alone.
+// old reports whether a tombstone is stamped before a boundary, also by the stamps that
+// it remembers: those too far in the future, since the same op sent again is recognised
+// by them alone, and that of an add that it outlived, see outlived.
 func (e *entry) old(boundary uint64) bool {
 	originals := e.originals() // the highest first
 	return e.millis < boundary && (len(originals) == 0 || originals[0].Millis < boundary)

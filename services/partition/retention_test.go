@@ -76,12 +76,13 @@ type yard struct {
 
 	log      []*typesv1.Change
 	state    map[string]*typesv1.Change // what the log says, by identity
-	gone     map[string]uint64          // the highest stamp of the tombstones that were forgotten
+	lived    map[string]uint64          // the highest stamp of what was stored
+	gone     map[string]uint64          // that of what was forgotten
 	boundary uint64                     // the highest there was since the start
 }
 
 func newYard(rt rapid.TB, keep time.Duration) *yard {
-	y := &yard{rt: rt, keep: retentionOf(keep), wall: 1 << 40, state: make(map[string]*typesv1.Change), gone: make(map[string]uint64)}
+	y := &yard{rt: rt, keep: retentionOf(keep), wall: 1 << 40, state: make(map[string]*typesv1.Change), gone: make(map[string]uint64), lived: make(map[string]uint64)}
 	y.restart(nil, nil)
 	return y
 }
@@ -137,6 +138,7 @@ func (y *yard) logged(c *typesv1.Change) {
 	id := identity(c)
 	if !c.GetPruned() {
 		y.state[id] = c
+		y.lived[id] = max(y.lived[id], c.GetRecord().GetTimestamp().GetMillis())
 		return
 	}
 	before, boundary := y.state[id], y.shard.pruner.boundary
@@ -145,7 +147,7 @@ func (y *yard) logged(c *typesv1.Change) {
 		y.rt.Fatalf("%v was forgotten by %v at the boundary %d", before, c, boundary)
 	}
 	for _, stamp := range stamps {
-		if y.gone[id] = max(y.gone[id], stamp.GetMillis()); stamp.GetMillis() >= boundary {
+		if y.gone[id] = max(y.gone[id], y.lived[id], stamp.GetMillis()); stamp.GetMillis() >= boundary {
 			y.rt.Fatalf("%v was forgotten at the boundary %d", before, boundary)
 		}
 	}
@@ -173,7 +175,7 @@ func (y *yard) apply(kind typesv1.Kind, name, key, tag string, r lwwmap.Record) 
 	}
 	removal := kind == or && r.Deleted() // there is nothing that it could bring back
 	if !there && !removal && !tooOld && (got == applied || got == restamped) && r.Timestamp.Millis <= y.gone[id] {
-		y.rt.Fatalf("an op stamped %d was %s; a tombstone stamped %d was forgotten", r.Timestamp.Millis, outcomeNames[got], y.gone[id])
+		y.rt.Fatalf("an op stamped %d was %s; what was removed, stamped %d, was forgotten", r.Timestamp.Millis, outcomeNames[got], y.gone[id])
 	}
 	if recent := y.clock.read(y.wall).millis - uint64(y.keep); tooOld && r.Timestamp.Millis >= recent {
 		y.rt.Fatalf("an op stamped %d was rejected as too old at %d", r.Timestamp.Millis, y.wall)
@@ -343,6 +345,30 @@ func TestTMB01_WhatWasForgottenStaysAway(t *testing.T) {
 		y.rest()
 		y.alike(y.loaded(new(arrivalClock), nil, y.log))
 	})
+}
+
+// The add of a clock that is ahead, removed by one that is not, stays away when it is
+// sent again as soon as its tombstone is forgotten (TMB-01).
+func TestTMB01_ARemovalStampedBeforeTheAdd(t *testing.T) {
+	for name, removal := range map[string]uint64{"now": 0, "too far ahead": uint64(time.Hour.Milliseconds())} {
+		t.Run(name, func(t *testing.T) {
+			y := newYard(t, time.Minute)
+			add := lwwmap.Record{Value: []byte{1}, Timestamp: hlc.Timestamp{Millis: y.wall + 55_000, NodeID: "ahead"}}
+			y.apply(or, "m", "k", "tag", add)
+			y.wall++
+			y.apply(or, "m", "k", "tag", lwwmap.Record{Timestamp: hlc.Timestamp{Millis: y.wall + removal, NodeID: "b"}})
+			y.restart(nil, y.log)
+			for end := y.wall + 200_000; y.wall < end; y.wall += 1000 {
+				y.rest()
+				if got := y.apply(or, "m", "k", "tag", add); got != superseded && got != rejected {
+					t.Fatalf("the add is %s, and the removal forgotten: %d records", outcomeNames[got], y.shard.records.Load())
+				}
+			}
+			if got := y.shard.records.Load(); got != 0 {
+				t.Errorf("%d records are left", got)
+			}
+		})
+	}
 }
 
 // Tombstones in great number are forgotten in pieces, and with them the tables.

@@ -69,6 +69,9 @@ func (sc *scan) begin(s *shard, name string) {
 			}
 			continue
 		}
+		if i == 1 && t.bags.leaves == nil {
+			t.bags.linkAll() // or each leaf costs a look at all keys
+		}
 		t.scans = append(t.scans, sc)
 	}
 }

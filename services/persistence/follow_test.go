@@ -57,10 +57,15 @@ func TestFollowWatermarks(t *testing.T) {
 		client := dial(service)
 		early := followMarks(t, client)
 		time.Sleep(time.Second)
-		store.set(func() { store.down = nil })
+		store.set(func() {
+			store.down = nil
+			// Or it may hear of both at once.
+			store.before = func(persistence.Batch) error { time.Sleep(time.Second); return nil }
+		})
 		// It hears of the store once the store was read, and then of what moves.
 		wantMarks(t, early, map[string]uint64{})
 		wantMarks(t, early, map[string]uint64{"history/a": 1})
+		store.set(func() { store.before = nil })
 		log.append("b", change("y", "1", 2))
 		wantMarks(t, early, map[string]uint64{"history/b": 2})
 		// One that comes later hears of all first.

@@ -28,16 +28,49 @@ const versions = "topgun.schema_versions"
 // A schema that is up to date is only read, so that a role without the right to
 // define tables can run the service. A newer schema is left alone: what it does not
 // take from this program it refuses, and nothing is lost meanwhile (UPG-02).
+//
+// A migration of a large table takes longer than a call may, so it is not the call's:
+// it goes on when the caller gives up, and until Close. Broken off and begun again by
+// every call it would never end.
 func (s *Store) ensureSchema(ctx context.Context) error {
+	s.mu.Lock()
+	p := s.preparation
+	switch {
+	case s.prepared:
+		s.mu.Unlock()
+		return nil
+	case s.life.Err() != nil:
+		s.mu.Unlock()
+		return fmt.Errorf("prepare the schema: %w (closed)", persistence.ErrUnavailable)
+	case p == nil:
+		p = &preparation{done: make(chan struct{})}
+		s.preparation = p
+		s.preparing.Go(func() {
+			err := s.prepare(s.life)
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.preparation, s.prepared = nil, err == nil
+			p.err = err
+			close(p.done)
+		})
+	}
+	s.mu.Unlock()
 	select {
-	case <-s.schema:
-		defer func() { s.schema <- struct{}{} }()
+	case <-p.done:
+		return p.err
 	case <-ctx.Done():
 		return fmt.Errorf("wait for the schema: %w", ctx.Err())
 	}
-	if s.migrated {
-		return nil
-	}
+}
+
+// preparation is one look at the schema, for all who wait for it.
+type preparation struct {
+	done chan struct{}
+	err  error // set before done is closed
+}
+
+// prepare reads the schema's version and migrates.
+func (s *Store) prepare(ctx context.Context) error {
 	current, err := s.schemaVersion(ctx)
 	if err != nil {
 		return classify(ctx, "read the schema's version", err)
@@ -64,7 +97,6 @@ func (s *Store) ensureSchema(ctx context.Context) error {
 	if err := s.reportRights(ctx); err != nil {
 		return classify(ctx, "read the role's rights", err)
 	}
-	s.migrated = true
 	return nil
 }
 

@@ -3,6 +3,7 @@ package postgres_test
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"os"
 	"slices"
 	"strings"
@@ -163,5 +164,58 @@ func TestMigrationGoesOn(t *testing.T) {
 			execute(t, url, statement)
 		}
 		wantMigrated(t, url)
+	}
+}
+
+// TestAMigrationOutlastsItsCallers gives up two calls during a migration that cannot go
+// on: were it broken off with each, one that takes longer than a call would never end.
+func TestAMigrationOutlastsItsCallers(t *testing.T) {
+	t.Parallel()
+	url := pgtest.NewDatabase(t)
+	version1(t, url)
+	db, err := sql.Open("pgx", url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	reader, err := db.BeginTx(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = reader.Rollback() }()
+	if _, err := reader.ExecContext(t.Context(), `LOCK TABLE topgun.records IN ACCESS SHARE MODE`); err != nil {
+		t.Fatal(err)
+	}
+	store := open(t, url)
+	defer store.Close()
+	migrating := func() (pid int) {
+		for pid == 0 {
+			scan(t, url, `SELECT coalesce(max(pid), 0) FROM pg_locks
+				WHERE NOT granted AND relation = 'topgun.records'::regclass AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`, &pid)
+		}
+		return pid
+	}
+	giveUp := func(hold func()) {
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { _, err := store.Watermarks(ctx); ended <- err }()
+		hold()
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("a call that was given up: %v", err)
+		}
+	}
+	first := 0
+	giveUp(func() { first = migrating() })
+	giveUp(func() {
+		if second := migrating(); second != first {
+			t.Errorf("the migration began again: backend %d, then %d", first, second)
+		}
+	})
+	if err := reader.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Watermarks(t.Context()); err != nil {
+		t.Error(err)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -33,10 +34,17 @@ type Store struct {
 	// loads bounds the Loads that run at once, so that they never take the last
 	// connections from the drain. A further Load waits for its turn.
 	loads chan struct{}
-	// schema holds one token; its taker may look after the schema.
-	schema chan struct{}
-	// migrated is set once the schema is known to be there; guarded by schema.
-	migrated bool
+	// life ends with Close.
+	life context.Context
+	end  context.CancelFunc
+	// preparing is waited for by Close.
+	preparing sync.WaitGroup
+
+	mu sync.Mutex
+	// prepared is set once the schema is known to be there.
+	prepared bool
+	// preparation is under way; nil while none is.
+	preparation *preparation
 }
 
 // defaultConnections is the pool's size when the URL says nothing.
@@ -67,18 +75,17 @@ func New(url string, log *slog.Logger) (*Store, error) {
 	if err != nil {
 		return nil, errors.New("the connection settings of Postgres are not usable")
 	}
-	s := &Store{
-		pool:   pool,
-		log:    log,
-		loads:  make(chan struct{}, config.MaxConns-2),
-		schema: make(chan struct{}, 1),
-	}
-	s.schema <- struct{}{}
+	s := &Store{pool: pool, log: log, loads: make(chan struct{}, config.MaxConns-2)}
+	s.life, s.end = context.WithCancel(context.Background())
 	return s, nil
 }
 
 // Close implements persistence.Store.
 func (s *Store) Close() error {
+	s.mu.Lock()
+	s.end()
+	s.mu.Unlock()
+	s.preparing.Wait()
 	s.pool.Close()
 	return nil
 }
