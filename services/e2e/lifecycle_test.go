@@ -75,7 +75,7 @@ const leeway = 60 * time.Second
 // A cluster that demands tokens lets nobody else do anything, ends sessions whose
 // token has expired, and serves recorded sessions of the original client.
 func TestTokenRequired(t *testing.T) {
-	stories(t, options{jwtSecret: secret}, func(t *testing.T, c Cluster) {
+	stories(t, options{jwtSecret: secret, retention: recordedRetention}, func(t *testing.T, c Cluster) {
 		good := token("user-1", time.Now().Add(time.Hour))
 
 		t.Run("recorded session", func(t *testing.T) {
@@ -91,7 +91,19 @@ func TestTokenRequired(t *testing.T) {
 				t.Fatal("want AUTH_REQUIRED at connect")
 			}
 			early.send(&wire.OpBatch{Ops: []wire.Op{put("1", name, "k", 1, stamp(now(), 0, "early"))}})
-			early.send(&wire.SyncInit{MapName: name})
+			for _, m := range []wire.Message{
+				&wire.SyncInit{MapName: name}, &wire.MerkleReqBucket{MapName: name},
+				&wire.ORMapSyncInit{MapName: name}, &wire.ORMapMerkleReqBucket{MapName: name}, &wire.ORMapDiffRequest{MapName: name, Keys: []string{"k"}},
+				&wire.ORMapPushDiff{MapName: name, Entries: []wire.OREntry{{Key: "k", Records: []wire.ORRecord{{
+					Tag: "t", Record: put("", name, "k", 1, stamp(now(), 0, "early")).Record,
+				}}}}},
+				&wire.QuerySub{QueryID: "q", MapName: name}, &wire.TopicSub{Topic: name}, &wire.TopicPub{Topic: name, Data: encode(1)},
+				&wire.CounterRequest{Name: name}, &wire.CounterSync{Name: name, State: countOf("early", 1, 0)},
+				&wire.LockRequest{RequestID: "l", Name: name, TTLMillis: 60_000}, &wire.LockRelease{RequestID: "l", Name: name, FencingToken: 1},
+				&wire.JournalRead{RequestID: "j", Limit: 1}, &wire.JournalSubscribe{RequestID: "s"}, &wire.PartitionMapRequest{},
+			} {
+				early.send(m)
+			}
 			early.send(&wire.Auth{Token: good})
 			if ack, ok := early.next().(*wire.AuthAck); !ok || ack.UserID != "user-1" {
 				t.Errorf("got %+v; want AUTH_ACK for user-1 and nothing before", ack)
@@ -100,6 +112,18 @@ func TestTokenRequired(t *testing.T) {
 			if root := expect[*wire.SyncRespRoot](early); root.RootHash != 0 {
 				t.Error("the op before AUTH had an effect")
 			}
+			early.send(&wire.ORMapSyncInit{MapName: name})
+			if root := expect[*wire.ORMapSyncRespRoot](early); root.RootHash != 0 {
+				t.Error("the diff pushed before AUTH had an effect")
+			}
+			early.send(&wire.CounterRequest{Name: name})
+			if counter := expect[*wire.CounterResponse](early); len(counter.State.Nodes) != 0 {
+				t.Error("the counter counted before AUTH")
+			}
+			other := dial(t, c, 1)
+			other.send(&wire.Auth{Token: good})
+			expect[*wire.AuthAck](other)
+			other.acquire(name, "free", time.Minute) // nobody has it
 			early.send(&wire.Auth{Token: token("somebody else", time.Now().Add(time.Hour))})
 			if msg, ok := early.next().(*wire.ErrorMessage); !ok || msg.Code != 403 {
 				t.Errorf("a second AUTH as somebody else is answered %+v", msg)

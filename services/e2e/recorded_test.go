@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"testing"
+	"time"
 
 	"github.com/coder/websocket"
 	"github.com/tinylib/msgp/msgp"
@@ -26,6 +27,9 @@ type recorded struct {
 		Hex    string         `json:"hex"`
 	} `json:"frames"`
 }
+
+// recordedRetention suits the recorded sessions, which are old and so are their stamps.
+const recordedRetention = 100 * 365 * 24 * time.Hour
 
 // replay sends what the recorded clients sent, byte for byte, and expects what the
 // recorded server answered, per client and in order, apart from clocks and ids.

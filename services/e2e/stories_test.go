@@ -3,7 +3,6 @@ package e2e
 import (
 	"fmt"
 	"testing"
-	"time"
 
 	"github.com/topgun-sync/topgun/client"
 	"github.com/topgun-sync/topgun/core/hlc"
@@ -12,8 +11,7 @@ import (
 // TestStories runs the stories that leave the cluster as they find it, apart from
 // maps of their own, against one cluster per topology.
 func TestStories(t *testing.T) {
-	// The recorded sessions are some years old, and so are their stamps.
-	stories(t, options{retention: 10 * 365 * 24 * time.Hour}, func(t *testing.T, c Cluster) {
+	stories(t, options{retention: recordedRetention}, func(t *testing.T, c Cluster) {
 		for _, s := range []struct {
 			name  string
 			story func(t *testing.T, c Cluster)

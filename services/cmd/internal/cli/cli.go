@@ -1,4 +1,4 @@
-// Package cli is what the five programs have in common: reading flags and
+// Package cli is what the five servers have in common: reading flags and
 // environment, telemetry, signals, listening, and the exit code. Only main packages
 // use it; it decides nothing about what a service does.
 package cli
