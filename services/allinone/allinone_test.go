@@ -119,16 +119,18 @@ func exchange(t *testing.T, method, url, body string) (status int, answer string
 	return response.StatusCode, string(content)
 }
 
-const (
-	put = `{"operations":[{"id":"1","mapName":"todos","opType":"PUT","key":"k",
-		"record":{"value":{"text":"kept"},"timestamp":{"millis":1764000000000,"counter":0,"nodeId":"a"}}}]}`
-	read = `{"syncMaps":[{"mapName":"todos","lastSyncTimestamp":{"millis":0,"counter":0,"nodeId":""}}]}`
-)
+const read = `{"syncMaps":[{"mapName":"todos","lastSyncTimestamp":{"millis":0,"counter":0,"nodeId":""}}]}`
+
+// put is a write of the present time.
+func put() string {
+	return fmt.Sprintf(`{"operations":[{"id":"1","mapName":"todos","opType":"PUT","key":"k",
+		"record":{"value":{"text":"kept"},"timestamp":{"millis":%d,"counter":0,"nodeId":"a"}}}]}`, time.Now().UnixMilli())
+}
 
 func TestStopsInTimeAndKeepsTheData(t *testing.T) {
 	config := DefaultConfig(t.TempDir())
 	s := start(t, config)
-	if status, answer := exchange(t, http.MethodPost, s.client+"/sync", put); status != 200 || !strings.Contains(answer, `"lastId":"1"`) {
+	if status, answer := exchange(t, http.MethodPost, s.client+"/sync", put()); status != 200 || !strings.Contains(answer, `"lastId":"1"`) {
 		t.Fatalf("write: %d %s", status, answer)
 	}
 	if took := s.end(t); took >= config.Gateway.DrainTimeout { // nothing has to be cut off

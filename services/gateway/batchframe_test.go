@@ -144,9 +144,7 @@ func TestBatchesReachTheClient(t *testing.T) {
 	p := b.hello(t)
 	p.synced("m", 0)
 	s := b.service.sockets.snapshot()[0]
-	s.mu.Lock()
-	s.out.writing = true // as if a write were under way
-	s.mu.Unlock()
+	holdWriter(t, s)
 	const n = 20
 	for i := range n {
 		b.partition.put("m", fmt.Sprint("k", i), packed("v"), stamp(1))
@@ -176,9 +174,7 @@ func TestOnlyEventsAreBatched(t *testing.T) {
 	p.ping()
 	b.fanout.awaitTopic(t, "t", true)
 	s := b.service.sockets.snapshot()[0]
-	s.mu.Lock()
-	s.out.writing = true // as if a write were under way
-	s.mu.Unlock()
+	holdWriter(t, s)
 	const n = 20
 	q := b.hello(t)
 	for i := range n {
@@ -263,4 +259,16 @@ func queued(s *session) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.out.events
+}
+
+// holdWriter keeps frames from being written, as if a write were under way.
+func holdWriter(t *testing.T, s *session) {
+	t.Helper()
+	eventually(t, func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		idle := !s.out.writing
+		s.out.writing = true
+		return idle
+	})
 }

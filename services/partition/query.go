@@ -20,7 +20,7 @@ const (
 )
 
 // Query implements the rpc. Each shard is read as it was at a moment of its own and
-// evaluated here, beside the shard.
+// evaluated here, beside the shard, in turns.
 func (s *Service) Query(ctx context.Context, req *partitionv1.QueryRequest) (*partitionv1.QueryResponse, error) {
 	limit, err := limitOf(req.GetLimit(), defaultLimit, maxRows)
 	if err != nil {
@@ -54,7 +54,7 @@ func (s *Service) Query(ctx context.Context, req *partitionv1.QueryRequest) (*pa
 			res.top = query.NewTop(q, req.GetAfter(), limit, bytes)
 		}
 		shards.Go(func() error {
-			covered, err := r.scan(scanning, shard, req.GetMap(), now, func(key string, value []byte) {
+			covered, err := r.scan(scanning, shard, req.GetMap(), now, s.turns, func(key string, value []byte) {
 				if q.Match(key, value) {
 					res.add(key, value)
 				}
@@ -75,9 +75,12 @@ func (s *Service) Query(ctx context.Context, req *partitionv1.QueryRequest) (*pa
 	}
 	var rows []query.Row
 	if results[0].groups != nil {
-		rows, resp.More = mergeGroups(q, results)
+		rows, resp.More, err = s.mergeGroups(ctx, q, results)
 	} else {
-		rows, resp.More = mergeRows(q, results, req.GetAfter(), limit, bytes)
+		rows, resp.More, err = s.mergeRows(ctx, q, results, query.NewTop(q, req.GetAfter(), limit, bytes))
+	}
+	if err != nil {
+		return nil, readError(ctx, err)
 	}
 	for _, row := range rows {
 		resp.Rows = append(resp.Rows, &partitionv1.Row{Key: []byte(row.Key), Value: row.Value})
@@ -102,37 +105,52 @@ func (res *result) add(key string, value []byte) {
 	}
 }
 
-func mergeGroups(q *query.Query, results []result) (rows []query.Row, tooMany bool) {
+func (s *Service) mergeGroups(ctx context.Context, q *query.Query, results []result) (rows []query.Row, tooMany bool, err error) {
 	all := query.NewGroups(q)
-	for i := range results {
-		tooMany = tooMany || results[i].tooMany
-		for _, row := range results[i].groups.Partials() {
-			// Partials of this process can be merged, so there are too many.
-			tooMany = all.Merge(row) != nil || tooMany
+	err = s.turns.evaluate(ctx, func(yield func(string, []byte) bool) {
+		for i := range results {
+			tooMany = tooMany || results[i].tooMany
+			for _, row := range results[i].groups.Partials() {
+				if !yield(row.Key, row.Value) {
+					return
+				}
+			}
 		}
+	}, func(key string, value []byte) {
+		// Partials of this process can be merged, so there are too many.
+		tooMany = all.Merge(query.Row{Key: key, Value: value}) != nil || tooMany
+	})
+	if err != nil {
+		return nil, false, err
 	}
-	return all.Partials(), tooMany
+	return all.Partials(), tooMany, nil
 }
 
-// mergeRows returns the first rows of all shards.
-func mergeRows(q *query.Query, results []result, after []byte, limit, bytes int) (rows []query.Row, more bool) {
-	all := query.NewTop(q, after, limit, bytes)
+// mergeRows returns the first rows of all shards, collected in all.
+func (s *Service) mergeRows(ctx context.Context, q *query.Query, results []result, all *query.Top) (rows []query.Row, more bool, err error) {
 	var end *query.Row // behind it, rows of a shard that was cut are missing
-	for i := range results {
-		found, cut := results[i].top.Rows()
-		if n := len(found); cut && n > 0 && (end == nil || q.Compare(found[n-1], *end) < 0) {
-			end = &found[n-1]
+	err = s.turns.evaluate(ctx, func(yield func(string, []byte) bool) {
+		for i := range results {
+			found, cut := results[i].top.Rows()
+			if n := len(found); cut && n > 0 && (end == nil || q.Compare(found[n-1], *end) < 0) {
+				end = &found[n-1]
+			}
+			for _, row := range found {
+				if !yield(row.Key, row.Value) {
+					return
+				}
+			}
 		}
-		for _, row := range found {
-			all.Add(row.Key, row.Value)
-		}
+	}, all.Add)
+	if err != nil {
+		return nil, false, err
 	}
 	rows, more = all.Rows()
 	for n := len(rows); end != nil; n-- {
 		more = true
 		if n == 0 || q.Compare(rows[n-1], *end) <= 0 {
-			return rows[:n], more
+			return rows[:n], more, nil
 		}
 	}
-	return rows, more
+	return rows, more, nil
 }

@@ -301,12 +301,13 @@ func TestAScanIsACut(t *testing.T) {
 			change(keys)
 		}
 		want := make(map[string]string)
-		rowsOf := func(into map[string]string) func(string, []byte) {
-			return func(key string, value []byte) {
+		rowsOf := func(into map[string]string) func(string, []byte) bool {
+			return func(key string, value []byte) bool {
 				if _, again := into[key]; again {
 					t.Fatalf("%q is shown twice", key)
 				}
 				into[key] = string(value)
+				return true
 			}
 		}
 		whole := new(scan)

@@ -169,9 +169,11 @@ func (t *table) dropScans() {
 // rows are the rows of a map (the visible value of a key in the LWW-map, or else the
 // array of its values in the OR-map, in the order in which they arrived) that whole
 // leaves hold.
-func (p *part) rows(yield func(key string, value []byte)) {
+func (p *part) rows(yield func(key string, value []byte) bool) {
 	for _, v := range p.values[0] {
-		yield(v.key, v.value)
+		if !yield(v.key, v.value) {
+			return
+		}
 	}
 	if len(p.values[1]) == 0 {
 		return
@@ -192,14 +194,17 @@ func (p *part) rows(yield func(key string, value []byte)) {
 		for _, v := range values {
 			row = append(row, v.value...)
 		}
-		yield(key, row)
+		if !yield(key, row) {
+			return
+		}
 	}
 }
 
 // scan has one shard show the rows of a map as they were at one moment, in steps
 // between which it does other things, and returns the arrival up to which they are
-// the state of the map. It returns when everything shown is in the log (ACK-02).
-func (r *reading) scan(ctx context.Context, s *shard, name string, now uint64, yield func(key string, value []byte)) (arrival, error) {
+// the state of the map. The rows are handed over in turns, beside the shard. It
+// returns when everything shown is in the log (ACK-02).
+func (r *reading) scan(ctx context.Context, s *shard, name string, now uint64, t *turns, do func(key string, value []byte)) (arrival, error) {
 	sc := &scan{now: now}
 	defer sc.gone.Store(true)
 	var logged *batch
@@ -218,7 +223,9 @@ func (r *reading) scan(ctx context.Context, s *shard, name string, now uint64, y
 		if err != nil {
 			return arrival{}, readError(ctx, err)
 		}
-		p.rows(yield)
+		if err := t.evaluate(ctx, p.rows, do); err != nil {
+			return arrival{}, readError(ctx, err)
+		}
 		if p.last {
 			break
 		}

@@ -57,6 +57,7 @@ type Service struct {
 	room   *semaphore.Weighted
 	// queries bounds the queries under way.
 	queries *semaphore.Weighted
+	turns   *turns
 	phase   atomic.Pointer[phase]
 	// openLane opens the lane for writing. It is a field so that tests kill it.
 	openLane func(name string) (appender, error)
@@ -95,6 +96,7 @@ func New(config Config, deps Deps) (*Service, error) {
 	s := &Service{
 		config: config, deps: deps, stats: stats,
 		room: semaphore.NewWeighted(config.MaxPendingBytes), queries: semaphore.NewWeighted(maxQueries),
+		turns: newTurns(deps.Elapsed),
 	}
 	s.openLane = func(name string) (appender, error) { return deps.Log.OpenLane(name) }
 	s.phase.Store(&phase{reason: errLoading})

@@ -14,6 +14,8 @@
 //     an age limit, and cannot be deleted from (LOG-02); Trim never takes the last
 //     commit of a lane, since an empty subject would accept anybody (LOG-03);
 //   - what a reader cannot understand stops it and is never skipped (LOG-07);
+//   - a reader that ends, however it does, leaves nothing on the server; one whose
+//     process died, or that could not reach it, is forgotten after a minute;
 //   - ownership is read from the leader and changed by compare-and-set (OWN-05).
 //
 // It does not know what a commit means beyond lane, number and clock ceiling, it

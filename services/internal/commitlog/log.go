@@ -275,11 +275,11 @@ func (l *Log) Expired(ctx context.Context, before time.Time, keep int64) (uint64
 	if info.State.Msgs == 0 || excess <= 0 && !info.State.FirstTime.Before(before) {
 		return info.State.FirstSeq, nil
 	}
-	messages, err := l.messages(ctx, max(info.State.FirstSeq, 1), true)
+	messages, stop, err := l.messages(ctx, max(info.State.FirstSeq, 1), true)
 	if err != nil {
 		return 0, err
 	}
-	defer messages.Stop()
+	defer stop()
 	reached := info.State.FirstSeq
 	for looked := 1; ; looked++ {
 		msg, meta, err := nextMessage(ctx, messages)

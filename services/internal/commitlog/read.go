@@ -19,8 +19,17 @@ const (
 	// not taken yet.
 	prefetchBytes    = 16 << 20
 	prefetchMessages = 1000
-	// idleConsumer is how long the server remembers a reader that went away.
+	// idleConsumer is how long the server remembers a reader that went away without a
+	// word: its process died, or the server could not be reached.
 	idleConsumer = time.Minute
+	// beginTime bounds how long a reader waits for the server to take it up.
+	beginTime = 5 * time.Second
+	// forgetTime bounds how long the end of a reader waits for the server to forget it.
+	forgetTime = 2 * time.Second
+	// resets is how often in a row a reader tries to go on where it was, a second apart.
+	// The client does not look at the context meanwhile, so this also bounds for how
+	// long a reader outlives it: a second if the server refuses, 21 if it is silent.
+	resets = 2
 )
 
 // Entry is one message of the log.
@@ -45,7 +54,8 @@ type Entry struct {
 // such an error, ErrUnreadable, and never skipped (LOG-07).
 //
 // A reader that fell silent or lost its connection goes on by itself where it was;
-// an error means that this did not work, and reading may begin again.
+// an error means that this did not work, and reading may begin again. However the loop
+// ends, the server has forgotten the reader before it does, if it can be reached.
 func (l *Log) Read(ctx context.Context, from uint64, follow bool) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		last := uint64(0)
@@ -59,12 +69,12 @@ func (l *Log) Read(ctx context.Context, from uint64, follow bool) iter.Seq2[Entr
 				return
 			}
 		}
-		messages, err := l.messages(ctx, max(from, 1), false)
+		messages, stop, err := l.messages(ctx, max(from, 1), false)
 		if err != nil {
 			yield(Entry{}, err)
 			return
 		}
-		defer messages.Stop()
+		defer stop()
 		for {
 			entry, err := next(ctx, messages)
 			if err != nil {
@@ -81,22 +91,47 @@ func (l *Log) Read(ctx context.Context, from uint64, follow bool) iter.Seq2[Entr
 	}
 }
 
-// messages reads the stream from a sequence on, with or without payloads.
-func (l *Log) messages(ctx context.Context, from uint64, headersOnly bool) (jetstream.MessagesContext, error) {
-	consumer, err := l.stream.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{
+// messages reads the stream from a sequence on, with or without payloads, until stop
+// is called.
+func (l *Log) messages(ctx context.Context, from uint64, headersOnly bool) (messages jetstream.MessagesContext, stop func(), err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, nil, fmt.Errorf("read the log: %w", err)
+	}
+	// Whoever stops waiting for the server's answer cannot have the consumer deleted: it
+	// may be made later than the request to delete it is answered.
+	begin, cancel := context.WithTimeout(context.WithoutCancel(ctx), beginTime)
+	defer cancel()
+	consumer, err := l.stream.OrderedConsumer(begin, jetstream.OrderedConsumerConfig{
 		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:       from,
 		InactiveThreshold: idleConsumer,
 		HeadersOnly:       headersOnly,
+		MaxResetAttempts:  resets,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("read the log: %w", err)
+		return nil, nil, fmt.Errorf("read the log: %w", err)
 	}
-	messages, err := consumer.Messages(jetstream.PullMaxMessagesWithBytesLimit(prefetchMessages, prefetchBytes))
+	messages, err = consumer.Messages(jetstream.PullMaxMessagesWithBytesLimit(prefetchMessages, prefetchBytes))
 	if err != nil {
-		return nil, fmt.Errorf("read the log: %w", err)
+		l.forget(ctx, consumer.CachedInfo().Name)
+		return nil, nil, fmt.Errorf("read the log: %w", err)
 	}
-	return messages, nil
+	return messages, func() {
+		messages.Stop()
+		l.forget(ctx, consumer.CachedInfo().Name)
+	}, nil
+}
+
+// forget makes the server drop a consumer, which costs it memory and goroutines until
+// then. Stopping the client's side does not: the server would keep it for idleConsumer,
+// which is also what happens if it cannot be reached.
+func (l *Log) forget(ctx context.Context, consumer string) {
+	if !l.js.Conn().IsConnected() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgetTime)
+	defer cancel()
+	_ = l.stream.DeleteConsumer(ctx, consumer) // see above
 }
 
 func nextMessage(ctx context.Context, messages jetstream.MessagesContext) (jetstream.Msg, *jetstream.MsgMetadata, error) {
