@@ -180,6 +180,7 @@ func TestFloods(t *testing.T) {
 		"PINGs":            masked(ws.OpBinary, true, wire.PingAt(1).AppendTo(nil)),
 		"empty fragments":  masked(ws.OpContinuation, false, nil),
 		"DEVICE_HELLOs":    masked(ws.OpBinary, true, (&wire.DeviceHello{}).AppendTo(nil)),
+		"pushed diffs":     masked(ws.OpBinary, true, pushOf("m", "k", "t", 1).AppendTo(nil)),
 		"refused requests": masked(ws.OpBinary, true, (&wire.QuerySub{QueryID: "q", MapName: "m", Query: []byte{0x80}}).AppendTo(nil)),
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -79,6 +79,7 @@ func (s *session) sendORLeaf(name, path string, records []keyed) bool {
 	for {
 		leaf := &wire.ORMapSyncRespLeaf{MapName: name, Path: path}
 		leaf.Entries, records = entriesOf(records)
+		s.invitePushes(1)
 		if !s.sendBulk(outLeaf, leaf) {
 			return false
 		}
@@ -139,76 +140,8 @@ func (s *session) diffRequested(m *wire.ORMapDiffRequest, frame *inbound) error 
 	}})
 }
 
-// diffPushed takes an ORMAP_PUSH_DIFF: what a client holds of keys that its tree shows to
-// differ. It comes for each leaf of a walk, so it counts as little as a bucket request.
-func (s *session) diffPushed(m *wire.ORMapPushDiff, frame *inbound) error {
-	if err := wire.CheckMapName(m.MapName); err != nil {
-		return s.refuse(err)
-	}
-	if m.Err != nil {
-		if len(m.Entries) == 0 {
-			return s.refuse(m.Err)
-		}
-		s.send(urgent, &wire.ErrorMessage{Code: m.Err.Code, Message: m.Err.Error()})
-	}
-	s.mu.Lock()
-	after := s.ops.tail
-	s.mu.Unlock()
-	return s.addJob(job{
-		kind: jobCall, after: after, frame: frame.keep(),
-		do: func(ctx context.Context) error { return s.merge(ctx, m) },
-	})
-}
-
 // tagKey names a tag of an OR-map.
 type tagKey struct{ key, tag string }
-
-// merge merges a pushed diff. A client pushes all records of a key and the tombstones of
-// its whole map, whether they are news or not, so only what the server does not know
-// becomes an op, and comes to the other clients as an event. Nothing is answered, unless
-// the client still holds what was removed: it did not ask for the leaf, so it would keep it.
-func (s *session) merge(ctx context.Context, m *wire.ORMapPushDiff) error {
-	keys := make([]string, 0, len(m.Entries))
-	for i := range m.Entries {
-		keys = append(keys, m.Entries[i].Key)
-	}
-	slices.Sort(keys)
-	known, err := s.k.router.Get(ctx, kindOR, m.MapName, slices.Compact(keys))
-	if err != nil {
-		return err
-	}
-	ops, gone := difference(m, known)
-	removal := s.k.clock()
-	for i := range ops {
-		if ops[i].Kind == wire.OpORRemove {
-			ops[i].Record.Timestamp = removal
-		}
-	}
-	tooOld := false
-	for page := range slices.Chunk(ops, maxRunningOps) {
-		apply, cancel := context.WithTimeout(s.k.base, s.k.cfg.ApplyTimeout)
-		results := s.k.router.Apply(apply, s.origin, "", page)
-		cancel()
-		for i := range results {
-			switch {
-			case results[i].status == opUnavailable:
-				return errUnavailable // the client connects again, and pushes again
-			case results[i].code == codeTooOld:
-				tooOld = true
-			case results[i].status == opSuperseded && results[i].winner.Deleted():
-				gone = append(gone, keyed{wire.KeyedRecord{Key: page[i].Key}, page[i].Tag})
-			}
-		}
-	}
-	if tooOld {
-		s.resetOnce(m.MapName, kindOR)
-		return nil
-	}
-	if len(gone) > 0 && s.sendDiff(m.MapName, gone) {
-		s.sendRemoval(m.MapName, gone[len(gone)-1])
-	}
-	return nil
-}
 
 // difference returns the ops that bring the server what it lacks of a diff, and the tags
 // of the diff's records that were removed. Removals have no stamp yet: the client does not
@@ -253,6 +186,7 @@ func difference(m *wire.ORMapPushDiff, known []keyed) (ops []wire.Op, gone []key
 				continue
 			}
 			ops = append(ops, wire.Op{MapName: m.MapName, Key: e.Key, Kind: wire.OpORAdd, Tag: r.Tag, Record: r.Record})
+			held[tagKey{e.Key, r.Tag}] = &keyed{wire.KeyedRecord{Key: e.Key, Record: r.Record}, r.Tag} // once is enough
 		}
 	}
 	return ops, gone

@@ -25,8 +25,8 @@ const (
 	maxErrors = 10
 	// floodRate and floodBurst bound, per second and at once, the messages that cost
 	// the client nothing: pings, requests that are refused, bad messages, starts of a
-	// sync. What waits for an answer (ops, bucket requests) is bounded by its queue
-	// instead. A client with many maps starts a sync for each when it connects.
+	// sync, pushed diffs that nothing asked for. What waits for an answer (ops, bucket
+	// requests) is bounded by its queue instead. A client with many maps starts a sync for each when it connects.
 	floodRate  = 200
 	floodBurst = 2000
 	// greetAfter is how long a gateway without authentication waits for the first
@@ -116,6 +116,7 @@ type session struct {
 	jobs         []job
 	jobBytes     int // of the frames that jobs keep
 	workers      int
+	pushes       pushes
 	ops          opLine
 	locks        locks
 }
@@ -591,6 +592,7 @@ func (s *session) beginClose(reason closeReason) {
 	clear(s.owed)
 	clear(s.owedQueries)
 	s.dropJobsLocked()
+	s.dropPushesLocked()
 	s.out.last = appendFrame(nil, ws.OpClose, closeBody(reason))
 	s.room.Broadcast()
 	s.startWriterLocked()

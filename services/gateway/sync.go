@@ -74,6 +74,7 @@ const (
 	jobRoot                   // an unsolicited root, for the first op or query on a map
 	jobOwed                   // what changed while changes may have been missed
 	jobReset                  // the client is to give up its copy of the map
+	jobMerge                  // ORMAP_PUSH_DIFF that wait, see pushes
 	jobCall                   // something else that reads the owners
 )
 
@@ -216,8 +217,11 @@ func (s *session) work() {
 }
 
 func (s *session) do(j job) error {
-	if j.kind == jobInit {
+	switch j.kind {
+	case jobInit:
 		return s.answerInit(j) // a push may take long; each of its reads is bounded
+	case jobMerge:
+		return s.mergePushes() // waits for ops first
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, s.k.cfg.ReadTimeout)
 	defer cancel()
@@ -492,6 +496,7 @@ func (s *session) answerBuckets(ctx context.Context, j job) error {
 			buckets[i] = wire.Bucket{Digit: digits[i], Hash: hashes[i]}
 		}
 		if j.of == kindOR {
+			s.invitePushes(pushesPerBuckets)
 			s.sendSync(&wire.ORMapSyncRespBuckets{MapName: j.name, Path: path, Buckets: orBuckets(path, buckets)})
 		} else {
 			s.sendSync(&wire.SyncRespBuckets{MapName: j.name, Path: path, Buckets: buckets})
