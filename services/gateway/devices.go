@@ -135,9 +135,12 @@ func (s *session) rooted(of mapKind, name string, t *tree) {
 // awayTooLong reports whether the client of a SYNC_INIT was away for longer than
 // tombstones are kept.
 func (s *session) awayTooLong(ctx context.Context, j job) bool {
-	kept := s.k.router.retention()
-	if j.since == 0 || j.blank || kept.period == 0 {
+	if j.since == 0 || j.blank {
 		return false
+	}
+	kept, err := s.k.router.knownRetention(ctx)
+	if err != nil || kept.period == 0 {
+		return false // without owners the reads that follow fail as well
 	}
 	last := j.since
 	known := s.cursors(ctx)

@@ -159,6 +159,18 @@ func TestTMB01_AMapThatIsOpenedRarely(t *testing.T) {
 	expect[*wire.SyncResetRequired](p)
 }
 
+// A gateway that has heard of no owner yet waits for what they say of tombstones.
+func TestTMB01_AGatewayThatJustStarted(t *testing.T) {
+	a := setupAged(t, testRetention)
+	p := a.device(t, 1)
+	r := a.service.router
+	r.mu.Lock()
+	r.last, r.table = nil, nil
+	r.mu.Unlock()
+	p.send(&wire.SyncInit{MapName: "m", LastSyncTimestamp: a.millis() - 2*uint64(testRetention.Milliseconds())})
+	expect[*wire.SyncResetRequired](p)
+}
+
 // Whether a client was away too long is read from the device where it is known, and from
 // lastSyncTimestamp where it is not.
 func TestResets(t *testing.T) {

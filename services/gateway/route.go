@@ -492,6 +492,20 @@ func (r *router) retention() retention {
 	return r.last.kept
 }
 
+// knownRetention is retention, but waits for it where nothing was learned yet: a gateway
+// that has just started must not take a copy that is too old for a good one.
+func (r *router) knownRetention(ctx context.Context) (retention, error) {
+	r.mu.Lock()
+	learned := r.last != nil
+	r.mu.Unlock()
+	if !learned {
+		if _, err := r.learn(ctx); err != nil {
+			return retention{}, err
+		}
+	}
+	return r.retention(), nil
+}
+
 // shardCount is the number of shards, once an owner table was learned.
 func (r *router) shardCount() int {
 	r.mu.Lock()
