@@ -168,15 +168,18 @@ func (s *session) freeLock(m *wire.LockRelease, done chan struct{}) {
 	cancel()
 	s.mu.Lock()
 	s.locks.pending--
-	if s.locks.frees[m.Name] == done {
-		delete(s.locks.frees, m.Name)
-	}
 	if s.locks.held[m.Name].token == m.FencingToken && err == nil {
 		delete(s.locks.held, m.Name)
 	}
 	s.mu.Unlock()
 	s.sendReply(&wire.LockReleased{RequestID: m.RequestID, Name: m.Name, Success: released})
-	close(done) // a grant of the next request comes behind
+	// From here on the grant of a further request comes behind the answer.
+	s.mu.Lock()
+	if s.locks.frees[m.Name] == done {
+		delete(s.locks.frees, m.Name)
+	}
+	s.mu.Unlock()
+	close(done)
 	if err != nil && s.ctx.Err() == nil {
 		s.send(urgent, &wire.ErrorMessage{Code: 503, Message: "UNAVAILABLE: the owner of the lock cannot be reached; the lock lasts until its ttl is over"})
 	}
