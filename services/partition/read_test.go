@@ -258,7 +258,7 @@ func TestValuesAreNotSharedWithTheRequest(t *testing.T) {
 	n := newWorld(t).start()
 	op := put("key", "value", 1, "a")
 	n.apply(op)
-	copy(op.GetKey(), "XXX")
+	copy(op.GetKey(), "???")
 	copy(op.GetRecord().GetValue(), "XXXXXX")
 	got := n.everything("m", 0)[0]
 	if string(got.GetKey()) != "key" || describeRecord(got.GetRecord()) != "value@1:a" {

@@ -35,7 +35,7 @@ func with(c *typesv1.Change, change func(c *typesv1.Change)) *typesv1.Change {
 
 // ofEveryKind are changes of which the journal shows those with the keys shown.
 func ofEveryKind() (changes []*typesv1.Change, shown []string) {
-	return []*typesv1.Change{
+	changes = []*typesv1.Change{
 		change("put", "1", 1),
 		with(change("devices", "1", 2), func(c *typesv1.Change) { c.Map = "$devices" }),
 		with(change("update", "2", 3), func(c *typesv1.Change) { c.Replaced, c.Kind = true, typesv1.Kind_KIND_LWW }),
@@ -51,10 +51,12 @@ func ofEveryKind() (changes []*typesv1.Change, shown []string) {
 		with(change("remove", "", 11), func(c *typesv1.Change) {
 			c.Kind, c.Map, c.Tag, c.Pruned = typesv1.Kind_KIND_OR, "_tags", "1:0:a", true
 		}),
-	}, []string{
+	}
+	shown = []string{
 		"0 PUT todos/put", "2 UPDATE todos/update", "3 DELETE todos/delete",
 		"5 PUT _tags/add/1:0:a", "6 UPDATE _tags/again/1:0:a", "7 DELETE _tags/remove/1:0:a",
 	}
+	return changes, shown
 }
 
 func showEntry(e *persistencev1.JournalEntry) string {
