@@ -17,10 +17,10 @@ const (
 	// maxLocks bounds the locks that one session holds or waits for, and its releases
 	// under way. They do not count as requests in flight: a lock may be waited for long.
 	maxLocks = 256
-	// lockGrace and lockMargin: a client gives up a request after max(ttl+5 s, 5 s), and
+	// clientGrace and lockMargin: a client gives up a request after max(ttl+5 s, 5 s), and
 	// ignores a grant from then on (PROTOCOL 14.3). The wait ends a second earlier.
-	lockGrace  = 5 * time.Second
-	lockMargin = time.Second
+	clientGrace = 5 * time.Second
+	lockMargin  = time.Second
 	// maxLockWait is the most that the owner of a lock takes.
 	maxLockWait = 24 * time.Hour
 	// releaseTimeout bounds a release, which a client waits 5 s for.
@@ -108,7 +108,7 @@ func (s *session) lockRequested(m *wire.LockRequest) error {
 // over, or the release would end the lock that is granted here.
 func (s *session) awaitLock(m *wire.LockRequest, after <-chan struct{}) {
 	ttl := time.Duration(m.TTLMillis) * time.Millisecond
-	ctx, cancel := context.WithTimeout(s.ctx, ttl+lockGrace-lockMargin)
+	ctx, cancel := context.WithTimeout(s.ctx, ttl+clientGrace-lockMargin)
 	defer cancel()
 	var token uint64
 	granted, err := false, error(nil)
